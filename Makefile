@@ -1,0 +1,36 @@
+PYTHON ?= python3
+BIN    := .venv/bin
+READY  := .venv/.ready
+
+# app.py says why
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: app lab test lint format clean help
+
+help:    ## this list
+	@sed -n 's/^\([a-z]*\): .*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+app: $(READY)    ## install if needed, then open the app (PORT=7860 to choose the port)
+	$(BIN)/python app.py $(if $(PORT),--port $(PORT))
+
+lab: $(READY)    ## open the notebooks
+	$(BIN)/jupyter lab notebooks
+
+test: $(READY)    ## install if needed, then run every test
+	$(BIN)/python -m pytest
+
+lint: $(READY)    ## what ruff says of style and imports
+	$(BIN)/ruff check .
+
+format: $(READY)    ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+
+clean:    ## remove what was installed and built here
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+
+# torch comes first, alone and by its exact version: chosen together with the rest, pip may take another build
+# and bring gigabytes of CUDA packages to a machine without a GPU. With a GPU the same line brings the CUDA build.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "The workbench needs Python 3.11 or newer, and $(PYTHON) is not: install one and say 'make $(MAKECMDGOALS) PYTHON=python3.12'."; exit 1; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian and Ubuntu: apt install python3-venv)."; exit 1; }
+	$(BIN)/pip install -q torch==2.13.0 && $(BIN)/pip install -q -c constraints.txt -e '.[dev]' && touch $@

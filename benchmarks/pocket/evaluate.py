@@ -1,0 +1,68 @@
+"""Score pocket models family by family; this fills the tables of the README.
+
+    python -m benchmarks.pocket.evaluate pocket pocket-25 --limit 400
+    python -m benchmarks.pocket.evaluate pocket pocket-25 pocket-50 pocket-100 --device cuda
+
+Writes OUT (a JSON file) with machine, date, command and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+import workbench as wb
+
+PARTS = (("pocket", "test"), ("pocket", "unseen"), ("easy-vqa", "test"))
+
+
+def machine(device: str) -> dict[str, str]:
+    """Where and when the figures were made."""
+    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else "none"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "gpu": gpu,
+        "cpu_cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "command": shlex.join(["python", "-m", "benchmarks.pocket.evaluate", *sys.argv[1:]]),
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", help="names or folders")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--limit", type=int, help="samples of each part; all of them by default")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="JSON file to write")
+    args = parser.parse_args()
+    results = []
+    for name in args.models:
+        vlm = wb.load(name, device=args.device)
+        for data, split in PARTS:
+            result = wb.evaluate(
+                vlm, data, split=split, limit=args.limit, seed=args.seed,
+                batch_size=args.batch,
+            )  # fmt: skip
+            print(result, flush=True)
+            results.append(result.to_dict())
+    if args.out:
+        report = {"machine": machine(args.device), "results": results}
+        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

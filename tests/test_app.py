@@ -1,0 +1,354 @@
+"""The app without a browser: its handlers are plain functions, called here as such."""
+
+import types
+from dataclasses import dataclass, replace
+
+import gradio as gr
+import numpy as np
+import pytest
+from PIL import Image
+
+from workbench.errors import WorkbenchError
+from workbench.models.generation import Answer
+from workbench.models.plan import Plan
+from workbench.models.teacher import VLM
+from workbench.views import figures
+from workbench.views.app import build_app, cards, handlers
+from workbench.views.app.pictures import MAX_SIDE, read_picture
+
+
+@dataclass
+class Config:
+    num_hidden_layers: int
+
+    def get_text_config(self):
+        return self
+
+
+def stand_in(name: str, mamba_layers: tuple[int, ...] | None = None) -> VLM:
+    plan = None if mamba_layers is None else Plan(16, mamba_layers, "even", "")
+    return VLM(name, types.SimpleNamespace(config=Config(16)), None, plan)
+
+
+MODELS = {"pocket": stand_in("pocket"), "pocket-25": stand_in("pocket-25", (3, 7, 11, 15))}
+SAYS = {"pocket": "a red circle and a star", "pocket-25": "a red square and a star"}
+
+
+def answers_of(vlm: VLM) -> list[Answer]:
+    words, hybrid = SAYS[vlm.name].split(), vlm.plan is not None
+    first = Answer(
+        words[0], 270, 1, 200.0, 0.0, 1024 * (205 if hybrid else 271), 3072 * hybrid, 1 << 20
+    )
+    return [
+        replace(first, text=" ".join(words[: n + 1]), n_new_tokens=n + 1, decode_tokens_per_s=50.0,
+                kv_bytes=first.kv_bytes + 1024 * n)
+        for n in range(len(words))
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """Replace the models by stand-ins; the list says which one was asked what, in order."""
+    calls = []
+
+    def load(name, *, device):
+        if name not in MODELS:
+            raise WorkbenchError(f"There is no model called '{name}': use pocket or pocket-25.")
+        return MODELS[name]
+
+    def stream_answer(vlm, images, question, *, max_new_tokens):
+        calls.append((vlm.name, len(images), question, max_new_tokens))
+        yield from answers_of(vlm)
+
+    handlers.model.cache_clear()
+    monkeypatch.setattr(handlers, "load", load)
+    monkeypatch.setattr(handlers, "stream_answer", stream_answer)
+    monkeypatch.setattr(handlers, "SECONDS_BETWEEN_UPDATES", 0.0)
+    yield calls
+    handlers.model.cache_clear()
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (60, 40), "teal").save(path)
+    return [(str(path), None)]
+
+
+def ask(*args, **kwargs):
+    return list(handlers.ask(*args, **kwargs))
+
+
+# Asking
+
+
+def test_both_models_answer_one_after_the_other(heard, picture):
+    pages = ask(picture, " What is it? ", "pocket-25", 64)
+    assert heard == [("pocket", 1, "What is it?", 64), ("pocket-25", 1, "What is it?", 64)]
+    last = pages[-1]
+    assert "pocket-25" in last.hybrid
+    assert "<mark>circle</mark>" in last.teacher
+    assert "<mark>square</mark>" in last.hybrid
+    assert "They part at word 3" in last.verdict
+    assert last.alert == ""
+    begun = next(at for at, page in enumerate(pages) if 'data-state="writing"' in page.hybrid)
+    assert all('data-state="done"' in page.teacher for page in pages[begun:])
+
+
+def test_the_text_streams(heard, picture):
+    pages = ask(picture, "What is it?", "pocket-25", 64)
+    shown = [page.teacher for page in pages if 'data-state="writing"' in page.teacher]
+    assert ">a<" in shown[0]
+    assert ">a red<" in shown[1]
+
+
+def test_figures_stand_on_the_card(heard, picture):
+    last = ask(picture, "What is it?", "pocket-25", 64)[-1]
+    for figure in (
+        "200 <span>ms",
+        "50.0 <span>tokens/s",
+        "270 + 6 <span>tokens",
+        "210 <span>KiB",
+        "3 <span>KiB",
+    ):
+        assert figure in last.hybrid
+
+
+def test_several_pictures_reach_the_models(heard, picture):
+    ask(picture * 3, "What differs?", "pocket-25", 64)
+    assert [call[1] for call in heard] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "question, said",
+    [
+        ("", "The question is empty"),
+        ("  \n", "The question is empty"),
+        (None, "The question is empty"),
+        ("x" * 20_000, "20,000 characters: shorten it to 1,000"),
+    ],
+    ids=["empty", "blank", "none", "long"],
+)
+def test_a_bad_question_is_told_and_the_next_one_answered(heard, picture, question, said):
+    (page,) = ask(picture, question, "pocket-25", 64)
+    assert said in page.alert
+    assert heard == []
+    assert "They part" in ask(picture, "What is it?", "pocket-25", 64)[-1].verdict
+
+
+def test_no_picture_and_too_many_are_told(heard, picture):
+    assert "There is no picture" in ask(None, "What?", "pocket-25", 64)[0].alert
+    assert "There is no picture" in ask([], "What?", "pocket-25", 64)[0].alert
+    assert "5 pictures are too many" in ask(picture * 5, "What?", "pocket-25", 64)[0].alert
+
+
+def test_an_unknown_model_is_told(heard, picture):
+    (page,) = ask(picture, "What?", "pocket-99", 64)
+    assert "no model called &#x27;pocket-99&#x27;" in page.alert
+    assert "no model called" in handlers.choose_hybrid("pocket-99").alert
+
+
+def test_an_error_of_the_model_leaves_the_page_alive(heard, picture, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory")
+        yield
+
+    with monkeypatch.context() as patched:
+        patched.setattr(handlers, "stream_answer", broken)
+        assert "out of memory" in ask(picture, "What?", "pocket-25", 64)[-1].alert
+    assert ask(picture, "What?", "pocket-25", 64)[-1].verdict
+
+
+def test_a_model_is_loaded_once(heard, picture, monkeypatch):
+    loads = []
+    once = handlers.load
+    monkeypatch.setattr(
+        handlers, "load", lambda name, device: loads.append(name) or once(name, device=device)
+    )
+    for _ in range(2):
+        ask(picture, "What?", "pocket-25", 64)
+    assert loads == ["pocket", "pocket-25"]
+
+
+def test_stop_marks_only_what_was_not_finished(heard, picture):
+    pages = ask(picture, "What is it?", "pocket-25", 64)
+    page = next(page for page in pages if 'data-state="writing"' in page.hybrid)
+    teacher, hybrid = handlers.stop(page.teacher, page.hybrid)
+    assert teacher == page.teacher
+    assert 'data-state="stopped"' in hybrid
+    assert '<span class="state">stopped</span>' in hybrid
+
+
+def test_choosing_a_hybrid_draws_it(heard):
+    page = handlers.choose_hybrid("pocket-25")
+    assert "12 attention layers, 4 Mamba-2" in page.hybrid
+    assert page.hybrid.count('class="mamba"') == 4
+
+
+# The frame
+
+
+def test_bad_uploads_are_named_and_good_ones_kept(picture, tmp_path, monkeypatch):
+    monkeypatch.setattr(handlers, "is_example", lambda image: False)
+    bad = tmp_path / "letter.png"
+    bad.write_text("Dear reader")
+    gallery, alert = handlers.take_pictures([*picture, (str(bad), None)])
+    assert len(gallery.value) == 1
+    assert "letter.png&#x27; is not a picture" in alert
+
+
+def test_more_than_four_pictures_are_cut(picture, monkeypatch):
+    monkeypatch.setattr(handlers, "is_example", lambda image: False)
+    _, alert = handlers.take_pictures(picture * 6)
+    assert "6 pictures are too many: the first 4 were kept" in alert
+
+
+def test_a_picture_of_ones_own_takes_the_place_of_an_example(picture, tmp_path, monkeypatch):
+    example = tmp_path / "example.png"
+    Image.new("RGB", (8, 8), "red").save(example)
+    monkeypatch.setattr(handlers, "is_example", lambda image: image.size == (8, 8))
+    kept = []
+    monkeypatch.setattr(handlers, "frame", lambda images: kept.append([i.size for i in images]))
+    handlers.take_pictures([(str(example), None), *picture])
+    handlers.take_pictures([(str(example), None)])
+    assert kept == [[(60, 40)], [(8, 8)]]
+
+
+# Reading pictures
+
+
+def save(image: Image.Image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+def test_transparency_lies_on_white(tmp_path):
+    clear = Image.new("RGBA", (9, 7), (255, 0, 0, 0))
+    assert read_picture(save(clear, tmp_path / "a.png")).getpixel((0, 0)) == (255, 255, 255)
+    grey = Image.new("LA", (9, 7), (0, 0))
+    assert read_picture(save(grey, tmp_path / "b.png")).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (9, 7), 3)
+    palette.putpalette([0] * 768)
+    path = save(palette, tmp_path / "c.png", transparency=3)
+    assert read_picture(path).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_other_modes_become_rgb(tmp_path):
+    for mode, name, colour in [
+        ("CMYK", "a.jpg", (0, 255, 255, 0)),
+        ("CMYK", "b.tif", (0, 255, 255, 0)),
+        ("P", "c.gif", None),
+        ("1", "d.png", 1),
+        ("L", "e.bmp", 200),
+    ]:
+        image = (
+            Image.new("RGB", (9, 7), "red").convert("P")
+            if mode == "P"
+            else Image.new(mode, (9, 7), colour)
+        )
+        read = read_picture(save(image, tmp_path / name))
+        assert (read.mode, read.size) == ("RGB", (9, 7))
+        if mode in ("CMYK", "P"):
+            red, green, blue = read.getpixel((4, 3))
+            assert red > 180
+            assert max(green, blue) < 90
+
+
+def test_sixteen_bits_keep_their_shades(tmp_path):
+    ramp = np.linspace(0, 65535, 63 * 5).reshape(5, 63).astype(np.uint16)
+    read = np.asarray(read_picture(save(Image.fromarray(ramp), tmp_path / "a.png")))
+    np.testing.assert_array_equal(read[..., 0], ramp >> 8)
+    floats = read_picture(save(Image.fromarray(ramp.astype(np.float32) / 7), tmp_path / "b.tif"))
+    assert np.asarray(floats)[..., 0].std() > 60
+
+
+def test_a_turned_photograph_stands_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(Image.new("RGB", (40, 20), "navy"), tmp_path / "a.jpg", exif=exif)
+    assert read_picture(path).size == (20, 40)
+
+
+def test_an_animation_gives_its_first_frame_and_says_so(tmp_path):
+    frames = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue", "lime")]
+    path = save(frames[0], tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    read = read_picture(path)
+    assert read.getpixel((5, 5)) == (255, 0, 0)
+    assert "3 frames" in read.info["note"]
+
+
+def test_forty_megapixels_are_taken_and_made_small(tmp_path):
+    large = Image.new("RGB", (8000, 5000), "olive")
+    for name in ("a.png", "b.jpg"):
+        read = read_picture(save(large, tmp_path / name))
+        assert max(read.size) <= MAX_SIDE
+        assert read.size[0] / read.size[1] == pytest.approx(1.6, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(11_000, 10_000), (30_000, 20_000)], ids=["110 MP", "600 MP"])
+def test_more_than_a_hundred_megapixels_are_refused(tmp_path, size):
+    path = save(Image.new("1", size), tmp_path / "wall.png")
+    with pytest.raises(WorkbenchError, match="more than 100 million pixels: scale it down"):
+        read_picture(path)
+
+
+def test_what_is_not_a_picture_is_told(tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("hello")
+    nothing = tmp_path / "empty.png"
+    nothing.touch()
+    for path in (text, nothing):
+        with pytest.raises(WorkbenchError, match="is not a picture: choose a PNG"):
+            read_picture(path)
+    with pytest.raises(WorkbenchError, match="no longer there"):
+        read_picture(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.webp", "a.tif"])
+def test_a_broken_picture_is_told(tmp_path, name):
+    noise = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    path = save(Image.fromarray(noise), tmp_path / name)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(WorkbenchError, match="damaged|not a picture"):
+        read_picture(path)
+
+
+# The page and its pieces
+
+
+def test_text_of_a_model_is_never_markup():
+    answer = replace(answers_of(MODELS["pocket"])[0], text="<script>alert(1)</script> & more")
+    assert "<script>" not in cards.card("Teacher", MODELS["pocket"], answer, "done")
+    assert "<script>" not in cards.verdict(answer, replace(answer, text="<b>"))
+    assert "<b>" not in cards.alert(["<b>"])
+
+
+@pytest.mark.parametrize(
+    "first, second, at",
+    [("a b", "a b", None), ("a b", "a c", 1), ("a", "a b", 1), ("", "a", 0), ("", "", None)],
+)
+def test_parting_word(first, second, at):
+    assert cards.parting_word(first, second) == at
+
+
+def test_figures_keep_their_colours():
+    streams = {name: answers_of(MODELS[name]) for name in ("pocket", "pocket-25")}
+    drawn = figures.cache_figure(streams)
+    measured = [trace for trace in drawn.data if trace.showlegend is not False]
+    assert [trace.line.color for trace in measured] == [figures.TEACHER, figures.HYBRID]
+    assert list(measured[1].y) == pytest.approx([208, 209, 210, 211, 212, 213])
+    one_token = figures.cache_figure({name: stream[:1] for name, stream in streams.items()})
+    assert [trace.mode for trace in one_token.data] == ["markers", "markers"]
+    bars = figures.stack_figure(MODELS["pocket-25"].plan)
+    assert {bar.name: list(bar.x) for bar in bars.data}["Mamba-2"] == [3, 7, 11, 15]
+
+
+def test_the_page_asks_one_at_a_time_and_calls_nobody(heard):
+    app = build_app()
+    assert isinstance(app, gr.Blocks)
+    assert app.title == "MaTVLM Workbench"
+    assert not app.analytics_enabled
+    asking = next(fn for fn in app.fns.values() if fn.api_name == "ask")
+    assert asking.concurrency_limit == 1

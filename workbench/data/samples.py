@@ -1,0 +1,133 @@
+"""Samples, and the data sets that ship with the workbench."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from PIL import Image
+
+from workbench.data import easy_vqa
+from workbench.data.scenes import FAMILIES, SPLITS, UNSEEN_FAMILIES, Scene, make_scene, share_right
+from workbench.data.scenes.scene import Fact
+from workbench.errors import WorkbenchError
+
+SAMPLES_PER_FAMILY = {"train": 10_000, "test": 250, "unseen": 250}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question about one to four pictures, and the answer that counts as right."""
+
+    images: tuple[Image.Image, ...]
+    question: str
+    answer: str
+    family: str
+    facts: tuple[Fact, ...] | None = None
+
+    def score(self, reply: str) -> float:
+        """How right `reply` is, in 0..1: exact match, or the share of facts where there are facts.
+
+        Case, outer spaces and a final full stop do not count.
+        """
+        if self.facts is not None:
+            return share_right(reply, self.facts)
+        return float(_plain(reply) == _plain(self.answer))
+
+
+class Dataset(Sequence[Sample]):
+    """A sequence of samples, made when they are asked for, the same at every call.
+
+    The families take turns, so that any `limit` holds a fair share of each.
+    """
+
+    def __init__(self, name: str, families: Sequence[str], make: Callable[[int], Sample], n: int):
+        self.name, self.families, self._make, self._n = name, tuple(families), make, n
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._n))]
+        if not -self._n <= index < self._n:
+            raise IndexError(index)
+        return self._make(index % self._n)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self._n:,} samples of {', '.join(self.families)}"
+
+
+def load_data(
+    name: str = "pocket", *, split: str = "test", limit: int | None = None, seed: int = 0
+) -> Dataset:
+    """A data set by name.
+
+    Args:
+        name: "pocket" (generated graphics, eight families) or "easy-vqa" (the PyPI package).
+        split: "train", "test", or for "pocket" also "unseen": drawings, flags and words that no
+            model of the workbench was ever trained on.
+        limit: at most this many samples; None for all.
+        seed: another world of generated scenes; easy-VQA is shuffled by it.
+
+    Returns:
+        A `Dataset`; samples are made lazily.
+
+    Raises:
+        WorkbenchError: an unknown name or split, or a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise WorkbenchError(
+            f"limit={limit} leaves no sample: ask for at least 1, or None for all."
+        )
+    if name == "pocket":
+        return _pocket(split, limit, seed)
+    if name == "easy-vqa":
+        return _easy_vqa(split, limit, seed)
+    raise WorkbenchError(f"There is no data set named {name!r}. Choose 'pocket' or 'easy-vqa'.")
+
+
+def sample_from(scene: Scene, turn: int, family: str) -> Sample:
+    """The sample that asks `scene` its question number `turn`."""
+    chosen = scene.turns[turn]
+    return Sample(scene.images, chosen.question, chosen.answer, family, chosen.facts)
+
+
+def _pocket(split: str, limit: int | None, seed: int) -> Dataset:
+    if split not in SPLITS:
+        raise WorkbenchError(f"'pocket' has no split {split!r}. Choose one of {', '.join(SPLITS)}.")
+    families = UNSEEN_FAMILIES if split == "unseen" else tuple(FAMILIES)
+
+    def make(index: int) -> Sample:
+        number, which = divmod(index, len(families))
+        family = families[which]
+        scene = make_scene(family, split, number, seed)
+        turn = 0 if family == "describe" else _asked(family, scene, split, number, seed)
+        return sample_from(scene, turn, family)
+
+    n = SAMPLES_PER_FAMILY[split] * len(families)
+    return Dataset(f"pocket/{split}", families, make, n if limit is None else min(limit, n))
+
+
+def _asked(family: str, scene: Scene, split: str, number: int, seed: int) -> int:
+    """Which question of the scene: the word itself for `word`, any of them elsewhere."""
+    if family == "word":
+        return 0
+    return Random(f"{seed}/{split}/{family}/{number}/turn").randrange(len(scene.turns))
+
+
+def _easy_vqa(split: str, limit: int | None, seed: int) -> Dataset:
+    rows = list(easy_vqa.questions(split))
+    Random(seed).shuffle(rows)
+
+    def make(index: int) -> Sample:
+        question, answer, path = rows[index]
+        return Sample((easy_vqa.picture(path),), question, answer, "easy-vqa")
+
+    n = len(rows) if limit is None else min(limit, len(rows))
+    return Dataset(f"easy-vqa/{split}", ("easy-vqa",), make, n)
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".").strip().lower()

@@ -1,0 +1,239 @@
+"""A Mamba-2 mixer that takes over the projections of an attention module.
+
+Attention's query, key, value and output projections stay where they are, under their own names, and
+play C, B, x and the output: attention without softmax *is* a state space model. Only the gate z,
+the step dt, the short convolution, the decay A, the skip D and the norm are new.
+
+Sources: arXiv 2405.21060, section 7 (the mixer); arXiv 2503.13440, section 3 (who plays what).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workbench.errors import WorkbenchError
+from workbench.mamba import kernels
+from workbench.mamba.config import Mamba2Config, ProjectionNames
+
+
+class MixerState(NamedTuple):
+    """All that the past leaves behind, of a size that does not grow."""
+
+    conv: Tensor  # (batch, channels of x + B + C, d_conv - 1), inputs of the convolution
+    ssm: Tensor  # (batch, n_heads, headdim, d_state), float32
+
+
+class CausalConv1d(nn.Conv1d):
+    """Depthwise causal convolution with SiLU; shaped as in mamba_ssm, run by `kernels`."""
+
+    def __init__(self, channels: int, d_conv: int) -> None:
+        super().__init__(channels, channels, d_conv, groups=channels, padding=d_conv - 1)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map (batch, seqlen, channels) to the same shape, and return the state after it."""
+        return kernels.causal_conv1d(x, self.weight.squeeze(1), self.bias, state=state)
+
+
+class GatedRMSNorm(nn.Module):
+    """norm(y * silu(z)) over groups of channels, computed in float32."""
+
+    def __init__(self, width: int, group_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.group_size, self.eps = group_size, eps
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """Map y and z, both (batch, seqlen, width), to the same shape in the dtype of z."""
+        high = torch.promote_types(z.dtype, torch.float32)
+        gated = (y.to(high) * F.silu(z.to(high))).unflatten(-1, (-1, self.group_size))
+        scale = torch.rsqrt(gated.pow(2).mean(-1, keepdim=True) + self.eps)
+        return ((gated * scale).flatten(-2) * self.weight.to(high)).to(z.dtype)
+
+
+class Mamba2Mixer(nn.Module):
+    """Mamba-2 whose C, B, x and output projections are those of an attention module.
+
+    Args:
+        config: sizes and options.
+        modules: the attention's own modules by name, moved in without a copy; None makes new ones.
+        names: which of them plays what.
+        seed: of the initialisation of the new parameters.
+    """
+
+    # Small, and each rounding error is repeated at every position: never below float32.
+    float32_parameters = ("A_log", "dt_bias", "D")
+
+    def __init__(
+        self,
+        config: Mamba2Config,
+        modules: Mapping[str, nn.Module] | None = None,
+        names: ProjectionNames | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config, self.names = config, names or ProjectionNames()
+        modules = _new_projections(config) if modules is None else modules
+        for name in self.names.all():
+            self.add_module(name, modules[name])
+            if not config.bias and isinstance(modules[name], nn.Linear):
+                modules[name].bias = None
+        like = getattr(self, self.names.out).weight
+        options = {
+            "device": like.device,
+            "dtype": like.dtype if like.is_floating_point() else torch.get_default_dtype(),
+        }
+        # The dt projection has n_heads rows only, too few for a quantised nn.Linear: a bare
+        # parameter.
+        self.dt_weight = nn.Parameter(torch.empty(config.n_heads, config.d_model, **options))
+        self.z_proj = nn.Linear(config.d_model, config.d_inner, bias=config.bias, **options)
+        self.conv1d = CausalConv1d(sum(config.widths), config.d_conv).to(**options)
+        self.norm = GatedRMSNorm(config.d_inner, config.group_size, config.norm_eps).to(**options)
+        for name in self.float32_parameters:
+            empty = torch.empty(config.n_heads, device=like.device, dtype=torch.float32)
+            self.register_parameter(name, nn.Parameter(empty))
+        self.reset_new_parameters(seed)
+
+    def reset_new_parameters(self, seed: int = 0) -> None:
+        """Draw the parameters that attention did not have, as MaTVLM does, the same on any device.
+
+        z_proj, dt_weight: U(-1, 1) / sqrt(d_model)       conv1d: U(-1, 1) / sqrt(d_conv)
+        A_log: log U(1, 16)                               D, norm: 1
+        dt_bias: softplus(dt_bias) is log-uniform in (1e-3, 0.1)
+        """
+        if self.A_log.is_meta:
+            return
+        generator = torch.Generator("cpu").manual_seed(seed)
+
+        def draw(like: Tensor, low: float, high: float) -> Tensor:
+            unit = torch.rand(like.shape, generator=generator, device="cpu", dtype=torch.float32)
+            return unit * (high - low) + low
+
+        linear, conv = self.config.d_model**-0.5, self.config.d_conv**-0.5
+        dt = draw(self.dt_bias, math.log(1e-3), math.log(0.1)).exp()
+        values = {
+            "z_proj.weight": draw(self.z_proj.weight, -linear, linear),
+            "dt_weight": draw(self.dt_weight, -linear, linear),
+            "conv1d.weight": draw(self.conv1d.weight, -conv, conv),
+            "conv1d.bias": draw(self.conv1d.bias, -conv, conv),
+            "A_log": draw(self.A_log, 1, 16).log(),
+            "dt_bias": dt + torch.log(-torch.expm1(-dt)),  # the inverse of softplus
+            "D": torch.tensor(1.0, device="cpu"),
+            "norm.weight": torch.tensor(1.0, device="cpu"),
+        }
+        if self.config.bias:
+            values["z_proj.bias"] = draw(self.z_proj.bias, -linear, linear)
+        with torch.no_grad():
+            for name, value in values.items():
+                self.get_parameter(name).copy_(value)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        mask: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        state: MixerState | None = None,
+    ) -> tuple[Tensor, MixerState]:
+        """Mix a sequence, or continue one.
+
+        Args:
+            hidden_states: (batch, seqlen, d_model).
+            mask: (batch, seqlen) bool, False where a position is padding; None: all are real.
+            rotary: cos and sin, each (batch or 1, seqlen, rotated width); read if config.rope.
+            state: what the sequence left so far, or None at its start.
+
+        Returns:
+            (batch, seqlen, d_model) and the state after the last position.
+        """
+        config = self.config
+        xBC = torch.cat(self._project(hidden_states), dim=-1)
+        dt = F.linear(hidden_states, self.dt_weight)
+        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
+        if mask is not None:
+            # Before the convolution, so that padding reaches no real position, and after the
+            # projection, so that its bias is gone too; dt = 0 then carries the state across.
+            xBC = xBC.masked_fill(~mask[..., None], 0)
+            dt = dt.masked_fill(~mask[..., None], 0)
+        xBC, conv_state = self.conv1d(xBC, None if state is None else state.conv)
+        x, B, C = (
+            t.unflatten(-1, (-1, width))
+            for t, width in zip(
+                xBC.split(config.widths, dim=-1),
+                (config.headdim, config.d_state, config.d_state),
+                strict=True,
+            )
+        )
+        if config.rope:
+            B, C = (_rotate(t, rotary) for t in (B, C))
+        # Grouped-query attention shares each key and value head: (kv p) -> (kv r p), head by head.
+        repeats = config.n_heads // config.n_kv_heads
+        if repeats > 1:
+            x, B = (t.repeat_interleave(repeats, dim=2) for t in (x, B))
+        y, ssm_state = self._scan(x, dt, B, C, state)
+        y = y + x * self.D[:, None]
+        y = self.norm(y.flatten(2), self.z_proj(hidden_states))
+        return getattr(self, self.names.out)(y), MixerState(conv_state, ssm_state)
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        names, config = self.names, self.config
+        if names.fused:
+            widths = config.widths[::-1]
+            C, B, x = getattr(self, names.fused)(hidden_states).split(widths, dim=-1)
+        else:
+            C, B, x = (getattr(self, n)(hidden_states) for n in (names.C, names.B, names.x))
+        if names.C_norm:
+            C = _normed(getattr(self, names.C_norm), C, config.d_state)
+        if names.B_norm:
+            B = _normed(getattr(self, names.B_norm), B, config.d_state)
+        return x, B, C
+
+    def _scan(
+        self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: MixerState | None
+    ) -> tuple[Tensor, Tensor]:
+        A = -torch.exp(self.A_log)
+        if state is not None and x.shape[1] == 1:
+            x, dt, B, C = (t.squeeze(1) for t in (x, dt, B, C))
+            y, ssm_state = kernels.ssd_step(x, dt, A, B, C, state=state.ssm)
+            return y.unsqueeze(1), ssm_state
+        initial = None if state is None else state.ssm
+        return kernels.ssd(x, dt, A, B, C, chunk_size=self.config.chunk_size, initial_state=initial)
+
+    def _apply(self, fn, recurse=True):  # torch's hook behind .to()
+        kept = {name: getattr(self, name).data for name in self.float32_parameters}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype.itemsize < torch.float32.itemsize:
+                gradient, parameter.grad = parameter.grad, None
+                parameter.data = before.to(parameter.device)
+                parameter.grad = None if gradient is None else gradient.to(before.dtype)
+        return self
+
+
+def _new_projections(config: Mamba2Config) -> dict[str, nn.Module]:
+    x, B, C = config.widths
+    widths = {"q_proj": C, "k_proj": B, "v_proj": x}
+    modules = {n: nn.Linear(config.d_model, w, bias=config.bias) for n, w in widths.items()}
+    return modules | {"o_proj": nn.Linear(config.d_inner, config.d_model, bias=config.bias)}
+
+
+def _normed(norm: nn.Module, t: Tensor, width: int) -> Tensor:
+    """Apply a query or key norm: over each head if its weight is one head wide, else over all."""
+    if norm.weight.shape[-1] != width:
+        return norm(t)
+    return norm(t.unflatten(-1, (-1, width))).flatten(-2)
+
+
+def _rotate(t: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Rotate the first r channels of each head by position: (b, l, h, n), cos and sin (b, l, r)."""
+    if rotary is None:
+        raise WorkbenchError("This mixer was built with rope=True and needs the rotary embeddings.")
+    cos, sin = (r.unsqueeze(-2).to(t.dtype) for r in rotary)
+    turned, kept = t.tensor_split([cos.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned, kept], dim=-1)

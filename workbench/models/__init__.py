@@ -1,0 +1,3 @@
+"""Families, hybrids, their cache, loading and answering; importing it registers the hybrids."""
+
+from workbench.models import hybrid as hybrid

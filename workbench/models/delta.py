@@ -1,0 +1,118 @@
+"""A hybrid stored as what differs from its teacher: `delta.safetensors` and `plan.json`."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from workbench.errors import WorkbenchError
+from workbench.mamba.mixer import Mamba2Mixer
+from workbench.models.families import text_config
+from workbench.models.hybrid import build_hybrid, plan_of
+from workbench.models.plan import Plan
+
+WEIGHTS, PLAN = "delta.safetensors", "plan.json"
+
+
+def save_delta(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the tensors of a hybrid that its teacher does not have, or has with other values.
+
+    Args:
+        student: a hybrid of the teacher.
+        teacher: the model that it was built from.
+        folder: made if it is not there.
+        dtype: of the stored tensors; None keeps the student's. A_log, dt_bias and D stay float32.
+
+    Returns:
+        The folder.
+
+    Raises:
+        WorkbenchError: the student is not a hybrid.
+    """
+    plan = plan_of(student)
+    if plan is None:
+        raise WorkbenchError("Only a hybrid can be stored as a difference from its teacher.")
+    before = teacher.state_dict()
+    changed = {
+        name: _stored(name, tensor, dtype)
+        for name, tensor in student.state_dict().items()
+        if name not in before or not _same(tensor, before[name])
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(changed, folder / WEIGHTS, metadata={"format": "pt"})
+    described = {"plan": plan.to_dict(), "options": text_config(student).ssm_hybrid["options"]}
+    (folder / PLAN).write_text(json.dumps(described, indent=2) + "\n")
+    return folder
+
+
+def load_delta(teacher: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+    """Build the hybrid that `save_delta` wrote, beside its teacher, which is not touched.
+
+    Args:
+        teacher: the model that the hybrid was built from.
+        folder: holds delta.safetensors and plan.json.
+
+    Returns:
+        The hybrid, on the device and in the dtype of the teacher.
+
+    Raises:
+        WorkbenchError: a file is missing or damaged, or its tensors do not fit the plan.
+    """
+    folder = Path(folder)
+    for name in (PLAN, WEIGHTS):
+        if not (folder / name).is_file():
+            raise WorkbenchError(f"{folder} holds no hybrid: the file {name} is missing.")
+    try:
+        described = json.loads((folder / PLAN).read_text())
+        plan, options = Plan.from_dict(described["plan"]), described["options"]
+        changed = load_file(folder / WEIGHTS)
+    except (json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
+        raise WorkbenchError(f"The hybrid in {folder} cannot be read: {error}.") from error
+    student = build_hybrid(teacher, plan, options)
+    student_tensors = student.state_dict()
+    _check_fit(
+        folder, changed, student_tensors, student_tensors.keys() - teacher.state_dict().keys()
+    )
+    with torch.no_grad():
+        for name, tensor in changed.items():
+            student_tensors[name].copy_(tensor)
+    return student
+
+
+def _check_fit(
+    folder: Path, changed: dict[str, Tensor], expected: dict[str, Tensor], new: set[str]
+) -> None:
+    """Insist that every new tensor is there, none is strange, and each has its shape."""
+    where = f"The weights in {folder / WEIGHTS} do not fit their plan or this teacher"
+    missing, strange = sorted(new - changed.keys()), sorted(changed.keys() - expected.keys())
+    if missing:
+        raise WorkbenchError(f"{where}: {len(missing)} tensors are missing, {missing[0]!r} first.")
+    if strange:
+        raise WorkbenchError(f"{where}: {len(strange)} tensors are unknown, {strange[0]!r} first.")
+    for name, tensor in changed.items():
+        if tensor.shape != expected[name].shape:
+            raise WorkbenchError(
+                f"{where}: {name!r} has shape {tuple(tensor.shape)}, "
+                f"not {tuple(expected[name].shape)}."
+            )
+
+
+def _same(tensor: Tensor, before: Tensor) -> bool:
+    """Compare in the student's dtype: a teacher loaded in another one has not changed."""
+    return tensor.shape == before.shape and torch.equal(tensor, before.to(tensor))
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    keep = dtype is None or name.rpartition(".")[2] in Mamba2Mixer.float32_parameters
+    return tensor.detach().to("cpu", None if keep else dtype).contiguous()

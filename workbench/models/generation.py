@@ -1,0 +1,304 @@
+"""Ask a model and watch it answer: one greedy loop for teacher and student, in two timed phases.
+
+*Prefill* reads the whole prompt, pictures included, and yields the first token; *decode* adds one
+token at a time from the cache. Both models run the same code, so their figures can be compared.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from workbench.errors import WorkbenchError
+from workbench.models.cache import cache_bytes
+from workbench.models.families import text_config
+from workbench.models.teacher import VLM
+
+
+class Question(Protocol):
+    """What `answer_batch` reads of a sample."""
+
+    images: Sequence[Image.Image]
+    question: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, whole or so far, and what it cost."""
+
+    text: str
+    n_prompt_tokens: int  # picture tokens included
+    n_new_tokens: int  # the token that ends the answer included
+    prefill_ms: float  # from the prepared inputs to the first token
+    decode_tokens_per_s: float  # of the tokens after the first; 0 before the second
+    kv_bytes: int  # keys and values that the cache holds
+    ssm_bytes: int  # Mamba-2 states that the cache holds
+    weight_bytes: int
+
+    @property
+    def cache_bytes(self) -> int:
+        """All that the past takes up."""
+        return self.kv_bytes + self.ssm_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.text}\n"
+            f"  {self.n_prompt_tokens} prompt tokens in {self.prefill_ms:.1f} ms, then "
+            f"{self.n_new_tokens} new ones at {self.decode_tokens_per_s:.1f} tokens/s; "
+            f"cache {self.cache_bytes / 2**10:,.0f} KiB (attention {self.kv_bytes / 2**10:,.0f}, "
+            f"Mamba-2 {self.ssm_bytes / 2**10:,.0f}), "
+            f"weights {self.weight_bytes / 2**20:,.1f} MiB"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that JSON can hold, `cache_bytes` among them."""
+        return asdict(self) | {"cache_bytes": self.cache_bytes}
+
+
+def build_prompt(vlm: VLM, n_images: int, question: str) -> str:
+    """Write the text that the model reads, with the chat template where the model has one.
+
+    Args:
+        vlm: the model that will be asked.
+        n_images: pictures that stand before the question.
+        question: in plain words.
+
+    Raises:
+        WorkbenchError: the question is empty, or a language model is given pictures.
+    """
+    if not isinstance(question, str) or not question.strip():
+        raise WorkbenchError("The question is empty; ask something.")
+    sees = hasattr(vlm.processor, "image_processor")
+    if n_images and not sees:
+        raise WorkbenchError(f"{vlm.name} reads text only; ask it without pictures.")
+    token = getattr(vlm.processor, "image_token", None) or "<image>"
+    if sees and token in question:
+        raise WorkbenchError(
+            f"The question contains {token!r}, which stands for a picture; leave it out."
+        )
+    written = f"{token}\n" * n_images + question
+    if sees and vlm.processor.chat_template:
+        writer = vlm.processor
+        written = [{"type": "image"}] * n_images + [{"type": "text", "text": question}]
+    elif vlm.tokenizer.chat_template:
+        writer = vlm.tokenizer
+    else:
+        return f"USER: {written} ASSISTANT:"
+    messages = [{"role": "user", "content": written}]
+    return writer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def stream_answer(
+    vlm: VLM, images: Sequence[Image.Image], question: str, *, max_new_tokens: int = 128
+) -> Iterator[Answer]:
+    """Answer greedily, and yield the answer so far after every token.
+
+    It ends at the end-of-sequence token, at max_new_tokens, or at the model's last position.
+
+    Args:
+        vlm: the model to ask.
+        images: none, one or more pictures.
+        question: in plain words.
+        max_new_tokens: at most so many.
+
+    Returns:
+        An iterator over the text so far with the figures so far; the last one is final.
+
+    Raises:
+        WorkbenchError: at once, if the question is empty or does not fit the model, an image is not
+            a PIL image, or max_new_tokens is below 1.
+    """
+    inputs = prepare_inputs(vlm, [images], [question], max_new_tokens)
+    room = position_limit(vlm) - inputs["input_ids"].shape[1]
+    return _stream(vlm, inputs, min(max_new_tokens, room))
+
+
+def answer(
+    vlm: VLM, images: Sequence[Image.Image], question: str, *, max_new_tokens: int = 128
+) -> Answer:
+    """Answer greedily: the last of what `stream_answer` yields, which see for the arguments."""
+    *_, last = stream_answer(vlm, images, question, max_new_tokens=max_new_tokens)
+    return last
+
+
+def answer_batch(
+    vlm: VLM,
+    samples: Sequence[Question],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Answer many questions greedily, several at a time, padded on the left.
+
+    Args:
+        vlm: the model to ask.
+        samples: each with `images` and a `question`.
+        max_new_tokens: at most so many for each.
+        batch_size: how many run together; it changes rounding, nothing else.
+        on_progress: called with (answered, all) after each batch.
+
+    Returns:
+        One text for each sample, in their order.
+
+    Raises:
+        WorkbenchError: as `stream_answer`, or batch_size is below 1.
+    """
+    if batch_size < 1:
+        raise WorkbenchError(f"batch_size must be at least 1, not {batch_size}.")
+    texts = []
+    for start in range(0, len(samples), batch_size):
+        some = samples[start : start + batch_size]
+        inputs = prepare_inputs(
+            vlm, [s.images for s in some], [s.question for s in some], max_new_tokens
+        )
+        n_prompt = inputs["input_ids"].shape[1]
+        with _inference(vlm):
+            tokens = vlm.model.generate(
+                **inputs,
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=min(max_new_tokens, position_limit(vlm) - n_prompt),
+                pad_token_id=vlm.tokenizer.pad_token_id,
+            )
+        new = tokens[:, n_prompt:].tolist()
+        texts += [vlm.tokenizer.decode(t, skip_special_tokens=True).strip() for t in new]
+        if on_progress is not None:
+            on_progress(len(texts), len(samples))
+    return texts
+
+
+def prepare_inputs(
+    vlm: VLM,
+    images: Sequence[Sequence[Image.Image]],
+    questions: Sequence[str],
+    max_new_tokens: int,
+) -> dict[str, Tensor]:
+    """Turn questions with their pictures into one left-padded batch on the model's device.
+
+    Args:
+        vlm: the model that will be asked.
+        images: for each question, its pictures.
+        questions: in plain words.
+        max_new_tokens: checked only.
+
+    Returns:
+        What the model's forward takes: input_ids, attention_mask, and pixel_values of the pictures.
+
+    Raises:
+        WorkbenchError: as `stream_answer`.
+    """
+    if max_new_tokens < 1:
+        raise WorkbenchError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    images = [_checked_images(some) for some in images]
+    prompts = [
+        build_prompt(vlm, len(some), question)
+        for some, question in zip(images, questions, strict=True)
+    ]
+    if vlm.tokenizer.pad_token is None:
+        vlm.tokenizer.pad_token = vlm.tokenizer.eos_token
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    if any(images):
+        options["images"] = images
+    bos = vlm.tokenizer.bos_token
+    if bos and prompts[0].startswith(bos):  # the template wrote it: the tokenizer must not again
+        options["add_special_tokens"] = False
+    inputs = vlm.processor(text=prompts, **options)
+    inputs.pop("token_type_ids", None)
+    limit, length = position_limit(vlm), inputs["input_ids"].shape[1]
+    if length >= limit:
+        raise WorkbenchError(
+            f"The question is too long: with its pictures it takes {length} tokens, and {vlm.name} "
+            f"has {limit} positions for question and answer together."
+        )
+    return {
+        name: t.to(vlm.model.device, vlm.model.dtype if t.is_floating_point() else None)
+        for name, t in inputs.items()
+    }
+
+
+def position_limit(vlm: VLM) -> int:
+    """Return how many tokens the model can see at most, question and answer together."""
+    return text_config(vlm.model).max_position_embeddings
+
+
+def end_tokens(vlm: VLM) -> set[int]:
+    """Return the ids of the tokens that end an answer."""
+    ids = vlm.model.generation_config.eos_token_id
+    if ids is None:
+        ids = vlm.tokenizer.eos_token_id
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+
+
+def _stream(vlm: VLM, inputs: dict[str, Tensor], n_most: int) -> Iterator[Answer]:
+    stop, weight_bytes = end_tokens(vlm), sum(p.nbytes for p in vlm.model.parameters())
+    cache = DynamicCache(config=text_config(vlm.model))
+    token, prefill_s = _timed_step(vlm, cache, **inputs)
+    new, decode_s = [token.item()], 0.0
+    while True:
+        final = new[-1] in stop or len(new) >= n_most
+        text = vlm.tokenizer.decode(new, skip_special_tokens=True)
+        kv_bytes, ssm_bytes = cache_bytes(cache)
+        yield Answer(
+            # A character whose bytes have not all come yet is held back.
+            text=(text if final else text.rstrip("\ufffd")).strip(),
+            n_prompt_tokens=inputs["input_ids"].shape[1],
+            n_new_tokens=len(new),
+            prefill_ms=prefill_s * 1e3,
+            decode_tokens_per_s=(len(new) - 1) / decode_s if decode_s else 0.0,
+            kv_bytes=kv_bytes,
+            ssm_bytes=ssm_bytes,
+            weight_bytes=weight_bytes,
+        )
+        if final:
+            return
+        token, seconds = _timed_step(vlm, cache, input_ids=token)
+        new.append(token.item())
+        decode_s += seconds
+
+
+def _timed_step(vlm: VLM, cache: Cache, **inputs: Tensor) -> tuple[Tensor, float]:
+    """Run the model once; return the likeliest next token (1, 1) and the seconds it took."""
+    device = vlm.model.device
+    with _inference(vlm):
+        _wait(device)
+        start = time.perf_counter()
+        output = vlm.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = output.logits[:, -1].argmax(-1, keepdim=True)
+        _wait(device)
+        return token, time.perf_counter() - start
+
+
+@contextmanager
+def _inference(vlm: VLM) -> Iterator[None]:
+    """No gradients and no dropout inside; modules in training go on training afterwards."""
+    training = [module for module in vlm.model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _checked_images(images: Sequence[Image.Image]) -> list[Image.Image]:
+    if isinstance(images, Image.Image):
+        raise WorkbenchError("Images must be a list, even if there is only one: write [image].")
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise WorkbenchError(f"Images must be PIL images, not {type(image).__name__}.")
+    return list(images)

@@ -1,0 +1,244 @@
+"""From a plan to a model: mixers in place of attention, in an ordinary Hugging Face model.
+
+The text config carries the plan as a plain dict, `ssm_hybrid`. The class of the model is made on
+demand: `SSMHybrid<Class>` builds the original, then swaps the layers, so loading, sharding and
+devices see the final structure. Its own model_type keeps stock transformers from reading the file
+as something else.
+"""
+
+import copy
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+from workbench.errors import WorkbenchError
+from workbench.mamba.config import Mamba2Config
+from workbench.mamba.mixer import Mamba2Mixer
+from workbench.models.cache import install_slots, real_positions
+from workbench.models.families import (
+    LANGUAGE_MODELS,
+    VISION_LANGUAGE_MODELS,
+    decoder_layers,
+    projection_names,
+    text_config,
+)
+from workbench.models.plan import Plan
+
+# What a mixer can be built with beside the sizes it takes over, and the paper's choices.
+MIXER_OPTIONS: dict[str, Any] = {
+    "rope": False,
+    "bias": False,
+    "d_conv": 4,
+    "chunk_size": 64,
+    "norm_group_size": None,
+}
+
+
+class SSMAttention(Mamba2Mixer):
+    """A mixer that answers to the call a decoder layer makes to its `self_attn`.
+
+    Args:
+        attention: the module it replaces, whose projections it takes over.
+        config: the text config, with its `ssm_hybrid`.
+        layer_idx: which layer of the decoder this is; also the seed of its new parameters.
+    """
+
+    def __init__(self, attention: nn.Module, config: PreTrainedConfig, layer_idx: int) -> None:
+        names = projection_names(config.model_type, attention)
+        modules = {name: getattr(attention, name) for name in names.all()}
+        hybrid = config.ssm_hybrid
+        if names.fused:
+            head = attention.head_dim
+            sizes = {"headdim": head, "d_state": head}
+        else:
+            sizes = {
+                "headdim": modules[names.x].out_features // config.num_key_value_heads,
+                "d_state": modules[names.C].out_features // config.num_attention_heads,
+            }
+        mixer_config = Mamba2Config(
+            d_model=config.hidden_size,
+            n_heads=config.num_attention_heads,
+            n_kv_heads=config.num_key_value_heads,
+            **sizes,
+            **hybrid["options"],
+        )
+        super().__init__(mixer_config, modules, names, seed=layer_idx)
+        self.layer_idx = layer_idx
+        self.n_layers = hybrid["plan"]["n_layers"]
+        self.mamba_layers = tuple(hybrid["plan"]["mamba_layers"])
+        self.train(attention.training)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Mix (batch, seqlen, d_model); what else decoder layers pass is not needed."""
+        slot = None
+        if past_key_values is not None:
+            install_slots(past_key_values, self.mamba_layers, self.n_layers)
+            slot = past_key_values.layers[self.layer_idx]
+        length = hidden_states.shape[1]
+        output, state = super().forward(
+            hidden_states,
+            mask=real_positions(attention_mask, length, slot),
+            rotary=position_embeddings,
+            state=None if slot is None else slot.read(),
+        )
+        if slot is not None:
+            slot.write(state, length)
+        return output, None
+
+
+class HybridMixin:
+    """What every hybrid adds to the class of its teacher."""
+
+    # generate refuses what has to take tokens back, such as assisted decoding.
+    _is_stateful = True
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        _swap(self)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache, plan = model_kwargs.get("past_key_values"), plan_of(self)
+        if cache is not None:
+            install_slots(cache, plan.mamba_layers, plan.n_layers)
+
+
+def build_hybrid(
+    model: PreTrainedModel, plan: Plan, mixer_options: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """Build a new model in which the planned layers mix with Mamba-2; the given one is not touched.
+
+    The mixers' own parameters hold the paper's random draw, and wait for steps.initialization.
+
+    Args:
+        model: a Hugging Face model of a family in the table.
+        plan: which layers change.
+        mixer_options: any of MIXER_OPTIONS; the rest keep the paper's choice.
+
+    Returns:
+        A model of class `SSMHybrid<Class>`, on the same device and in the same dtype.
+
+    Raises:
+        WorkbenchError: the plan does not fit the model, the model is a hybrid already or of a
+            family that is not in the table, or an option does not exist.
+    """
+    check_plan(model, plan)
+    options = MIXER_OPTIONS | dict(mixer_options or {})
+    unknown = sorted(set(options) - set(MIXER_OPTIONS))
+    if unknown:
+        raise WorkbenchError(
+            f"There is no mixer option {unknown[0]!r}; there are {', '.join(MIXER_OPTIONS)}."
+        )
+    student = copy.deepcopy(model)
+    text_config(student).ssm_hybrid = {"plan": plan.to_dict(), "options": options}
+    _swap(student)
+    student.__class__ = hybrid_class(type(model))
+    student.config.__class__ = student.config_class
+    # A config read from a file carries a copy of the old model_type, which would hide the new one.
+    student.config.__dict__.pop("model_type", None)
+    return student
+
+
+def check_plan(model: PreTrainedModel, plan: Plan) -> None:
+    """Insist that a plan can be carried out on a model.
+
+    Raises:
+        WorkbenchError: it cannot, and why.
+    """
+    if plan_of(model) is not None:
+        raise WorkbenchError("This model is a hybrid already; convert its teacher instead.")
+    layers = decoder_layers(model)
+    if plan.n_layers != len(layers):
+        raise WorkbenchError(
+            f"The plan is for a model of {plan.n_layers} layers, but this one has {len(layers)}."
+        )
+    projection_names(text_config(model).model_type, layers[0].self_attn)
+    absent = [i for i in plan.mamba_layers if next(layers[i].parameters()).is_meta]
+    if absent:
+        raise WorkbenchError(
+            f"Layer {absent[0]} is not in memory; load the model without offloading first."
+        )
+
+
+def plan_of(model: PreTrainedModel) -> Plan | None:
+    """Read the plan that a hybrid was built from; None for any other model."""
+    hybrid = getattr(text_config(model), "ssm_hybrid", None)
+    return Plan.from_dict(hybrid["plan"]) if hybrid else None
+
+
+def mixers(model: PreTrainedModel) -> dict[int, SSMAttention]:
+    """Return the mixers of a hybrid by layer index; empty for any other model."""
+    attention = (layer.self_attn for layer in decoder_layers(model))
+    return {i: mixer for i, mixer in enumerate(attention) if isinstance(mixer, SSMAttention)}
+
+
+def _swap(model: PreTrainedModel) -> None:
+    config = text_config(model)
+    for i in config.ssm_hybrid["plan"]["mamba_layers"]:
+        layer = decoder_layers(model)[i]
+        layer.self_attn = SSMAttention(layer.self_attn, config, i)
+
+
+@functools.cache
+def hybrid_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Make the hybrid of a model class, and of its config class, and let transformers know both."""
+    base = model_class.config_class
+    config_class = type(
+        f"SSMHybrid{base.__name__}",
+        (base,),
+        {"model_type": f"ssm_hybrid-{base.model_type}", "__module__": __name__},
+    )
+    hybrid = type(
+        f"SSMHybrid{model_class.__name__}",
+        (HybridMixin, model_class),
+        {"config_class": config_class, "__module__": __name__},
+    )
+    # pickle looks classes up in the module that they name.
+    globals().update({config_class.__name__: config_class, hybrid.__name__: hybrid})
+    for new, old in (
+        (config_class.model_type, base.model_type),
+        (hybrid.__name__, model_class.__name__),
+    ):
+        # Names in the checkpoints of some families change on the way in; keep that for the hybrid.
+        mapping = get_checkpoint_conversion_mapping(old)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(new, mapping, overwrite=True)
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if base in auto._model_mapping:
+            auto.register(config_class, hybrid, exist_ok=True)
+    return hybrid
+
+
+def _register_families() -> None:
+    """Let AutoModel read hybrids of every family in the table, once this module is imported."""
+    names = [family.model_class for family in LANGUAGE_MODELS.values()]
+    for name in (*names, *VISION_LANGUAGE_MODELS.values()):
+        hybrid_class(getattr(transformers, name))
+
+
+_register_families()

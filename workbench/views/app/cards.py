@@ -1,0 +1,151 @@
+"""The pieces of the page as HTML: an answer card, the verdict under two of them, an alert."""
+
+from html import escape
+from itertools import zip_longest
+
+from workbench.models.generation import Answer
+from workbench.models.teacher import VLM
+
+STATES = {
+    "idle": "",
+    "next": "next",
+    "reading": "reading…",
+    "writing": "writing…",
+    "done": "done",
+    "stopped": "stopped",
+}
+KIB = 1024
+MIB = 1024 * 1024
+LONGEST_WORD = 40  # of a word quoted under the cards
+
+
+def card(
+    role: str, vlm: VLM, answer: Answer | None, state: str, parts_at: int | None = None
+) -> str:
+    """Draw one model: its name, its layers, its answer so far and its figures so far.
+
+    Args:
+        role: "Teacher" or "Hybrid".
+        vlm: The model.
+        answer: What it has said so far, or None before its first token.
+        state: A key of `STATES`.
+        parts_at: Index of the word from which the two answers differ, to be marked.
+    """
+    text = answer.text if answer else ""
+    return (
+        f'<article class="card {role.lower()}" data-state="{state}" aria-label="{role}">'
+        f'<header><span class="role">{role}</span><h2>{escape(vlm.name)}</h2>'
+        f'<span class="state">{STATES[state]}</span></header>'
+        f"{stack(vlm)}"
+        f'<div class="answer">{_answer_text(text, state, parts_at)}</div>'
+        f"{_figures(answer)}</article>"
+    )
+
+
+def stopped(card_html: str) -> str:
+    """Return an unfinished card as one that was stopped, and a finished one as it is."""
+    for state in ("next", "reading", "writing"):
+        card_html = card_html.replace(f'data-state="{state}"', 'data-state="stopped"').replace(
+            f'<span class="state">{STATES[state]}</span>',
+            f'<span class="state">{STATES["stopped"]}</span>',
+        )
+    return card_html
+
+
+def stack(vlm: VLM) -> str:
+    """Draw the decoder's layers as numbered cells, the Mamba-2 ones filled."""
+    n_layers = vlm.model.config.get_text_config().num_hidden_layers
+    mamba = set(vlm.plan.mamba_layers) if vlm.plan else set()
+    cells = "".join(
+        f'<i class="{"mamba" if layer in mamba else "attention"}" '
+        f'title="layer {layer}: {"Mamba-2" if layer in mamba else "attention"}">{layer}</i>'
+        for layer in range(n_layers)
+    )
+    said = _layers_sentence(n_layers, sorted(mamba))
+    return (
+        f'<div class="stack" role="img" aria-label="{said}">{cells}</div>'
+        f'<p class="layers" aria-hidden="true">{said}</p>'
+    )
+
+
+def verdict(teacher: Answer, hybrid: Answer) -> str:
+    """Say whether the answers agree, where they part, and how large both caches became."""
+    at = parting_word(teacher.text, hybrid.text)
+    if at is None:
+        agreement = "<strong>Both give the same answer</strong>, word for word."
+    else:
+        agreement = _parting(teacher.text.split(), hybrid.text.split(), at)
+    saved = 1 - hybrid.cache_bytes / teacher.cache_bytes if teacher.cache_bytes else 0.0
+    size = "smaller" if saved >= 0 else "larger"
+    cache = (
+        f"The hybrid's cache ends at {hybrid.cache_bytes / KIB:,.0f}&nbsp;KiB, the teacher's at "
+        f"{teacher.cache_bytes / KIB:,.0f}&nbsp;KiB: {abs(saved):.0%} {size}."
+    )
+    return f'<p class="verdict" role="status">{agreement} {cache}</p>'
+
+
+def parting_word(first: str, second: str) -> int | None:
+    """Return the index of the first word in which two texts differ, or None for equal texts."""
+    pairs = zip_longest(first.split(), second.split())
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), None)
+
+
+def alert(sentences: list[str], kind: str = "error") -> str:
+    """Draw what went wrong, or with kind "note" what to know; no sentences draw nothing."""
+    if not sentences:
+        return ""
+    lines = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
+    return f'<div class="alert {kind}" role="alert">{lines}</div>'
+
+
+def _layers_sentence(n_layers: int, mamba: list[int]) -> str:
+    if not mamba:
+        return f"{n_layers} layers, all of them attention"
+    if len(mamba) == n_layers:
+        return f"{n_layers} layers, all of them Mamba-2"
+    return f"{n_layers - len(mamba)} attention layers, {len(mamba)} Mamba-2"
+
+
+def _answer_text(text: str, state: str, parts_at: int | None) -> str:
+    words = [escape(word) for word in text.split()]
+    if parts_at is not None and parts_at < len(words):
+        words[parts_at] = f"<mark>{words[parts_at]}</mark>"
+    if not words and state in ("done", "stopped"):
+        return '<span class="quiet">no words</span>'
+    return " ".join(words)
+
+
+def _parting(teacher: list[str], hybrid: list[str], at: int) -> str:
+    start = f"<strong>They part at word {at + 1}</strong>"
+    if at >= len(teacher):
+        return f"{start}: the teacher ends there, the hybrid goes on."
+    if at >= len(hybrid):
+        return f"{start}: the hybrid ends there, the teacher goes on."
+    said = [escape(words[at][:LONGEST_WORD]) for words in (teacher, hybrid)]
+    return f"{start}: the teacher says <mark>{said[0]}</mark>, the hybrid <mark>{said[1]}</mark>."
+
+
+def _figures(answer: Answer | None) -> str:
+    """Lay out the figures as a list of terms; a dash stands where there is none yet."""
+    rows = [
+        ("First token", answer and f"{answer.prefill_ms:,.0f}", "ms"),
+        (
+            "Speed",
+            answer and answer.decode_tokens_per_s and f"{answer.decode_tokens_per_s:,.1f}",
+            "tokens/s",
+        ),
+        ("Length", answer and f"{answer.n_prompt_tokens:,} + {answer.n_new_tokens:,}", "tokens"),
+        ("Keys, values", answer and f"{answer.kv_bytes / KIB:,.0f}", "KiB"),
+        ("States", answer and f"{answer.ssm_bytes / KIB:,.0f}", "KiB"),
+        ("Weights", answer and f"{answer.weight_bytes / MIB:,.1f}", "MiB"),
+        (
+            "Weights and cache",
+            answer and f"{(answer.weight_bytes + answer.cache_bytes) / MIB:,.1f}",
+            "MiB",
+        ),
+    ]
+    items = "".join(
+        f"<div><dt>{name}</dt><dd>{value or '–'} <span>{unit}</span></dd></div>"
+        for name, value, unit in rows
+    )
+    return f'<dl class="figures">{items}</dl>'

@@ -1,0 +1,195 @@
+"""What the buttons do: plain functions from what stands in the page to what shall stand there."""
+
+import logging
+from collections.abc import Iterator
+from functools import lru_cache
+from time import monotonic
+from typing import NamedTuple
+
+import gradio as gr
+
+from workbench.errors import WorkbenchError
+from workbench.models.generation import Answer, stream_answer
+from workbench.models.teacher import VLM, load
+from workbench.views.app import cards
+from workbench.views.app.examples import examples, is_example
+from workbench.views.app.pictures import read_picture
+from workbench.views.figures import cache_figure
+
+MAX_PICTURES = 4
+MAX_QUESTION = 1000
+SECONDS_BETWEEN_UPDATES = 0.05  # the page is redrawn at most so often, whatever the model's speed
+
+log = logging.getLogger(__name__)
+
+
+class Answers(NamedTuple):
+    """The right-hand side of the page, in the order of its components."""
+
+    alert: str
+    teacher: str
+    hybrid: str
+    verdict: str
+    figure: gr.Plot | dict
+
+
+@lru_cache(maxsize=8)
+def model(name: str, device: str) -> VLM:
+    """Load a model once; whoever asks for it later gets the same object."""
+    return load(name, device=device)
+
+
+def ask(
+    pictures: list[tuple[str, str | None]] | None,
+    question: str,
+    hybrid: str,
+    max_new_tokens: int,
+    *,
+    teacher: str = "pocket",
+    device: str = "cpu",
+) -> Iterator[Answers]:
+    """Ask the teacher, then the hybrid, and yield the page as it fills.
+
+    Args:
+        pictures: (path, caption) of one to four files, as gr.Gallery gives them.
+        question: What is asked about them.
+        hybrid: Name of the hybrid.
+        max_new_tokens: Where an answer is cut off.
+        teacher: Name of the teacher.
+        device: Where both run.
+    """
+    keep = gr.skip()
+    try:
+        images, notes = read_all(pictures)
+        question = checked(question)
+        pair = model(teacher, device), model(hybrid, device)
+        alert = cards.alert(notes, "note")
+        yield from _both_answers(pair, images, question, int(max_new_tokens), alert)
+    except WorkbenchError as error:
+        yield Answers(cards.alert([str(error)]), keep, keep, keep, keep)
+    except Exception as error:  # whatever it was, the page must stay and take the next question
+        log.exception("A question could not be answered")
+        sentence = (
+            f"The model stopped with an error of its own ({error}). Ask again, or ask differently."
+        )
+        yield Answers(cards.alert([sentence]), keep, keep, keep, keep)
+
+
+def _both_answers(
+    pair: tuple[VLM, VLM], images: list, question: str, max_new_tokens: int, alert: str
+) -> Iterator[Answers]:
+    """Let one model finish before the other begins, so that each has the machine for itself."""
+    teacher, hybrid = pair
+    waiting = cards.card("Hybrid", hybrid, None, "next")
+    no_figure = gr.Plot(value=None, visible=False)
+    yield Answers(alert, cards.card("Teacher", teacher, None, "reading"), waiting, "", no_figure)
+    of_teacher: list[Answer] = []
+    for shown in _stream("Teacher", teacher, images, question, max_new_tokens, of_teacher):
+        yield Answers(alert, shown, waiting, "", no_figure)
+    finished = cards.card("Teacher", teacher, of_teacher[-1], "done")
+    yield Answers(alert, finished, cards.card("Hybrid", hybrid, None, "reading"), "", no_figure)
+    of_hybrid: list[Answer] = []
+    for shown in _stream("Hybrid", hybrid, images, question, max_new_tokens, of_hybrid):
+        yield Answers(alert, finished, shown, "", no_figure)
+    last = of_teacher[-1], of_hybrid[-1]
+    at = cards.parting_word(last[0].text, last[1].text)
+    yield Answers(
+        alert,
+        cards.card("Teacher", teacher, last[0], "done", at),
+        cards.card("Hybrid", hybrid, last[1], "done", at),
+        cards.verdict(*last),
+        gr.Plot(
+            value=cache_figure({teacher.name: of_teacher, hybrid.name: of_hybrid}), visible=True
+        ),
+    )
+
+
+def _stream(
+    role: str, vlm: VLM, images: list, question: str, max_new_tokens: int, heard: list[Answer]
+) -> Iterator[str]:
+    """Yield the card of one model as it answers, and put every answer so far into `heard`."""
+    shown_at = 0.0
+    for answer in stream_answer(vlm, images, question, max_new_tokens=max_new_tokens):
+        heard.append(answer)
+        if monotonic() - shown_at > SECONDS_BETWEEN_UPDATES:
+            yield cards.card(role, vlm, answer, "writing")
+            shown_at = monotonic()
+    if not heard:
+        raise WorkbenchError(f"'{vlm.name}' gave no answer at all: ask differently.")
+
+
+def read_all(pictures: list[tuple[str, str | None]] | None) -> tuple[list, list[str]]:
+    """Read one to four pictures; return them and what is to be said about them.
+
+    Raises:
+        WorkbenchError: None, too many, or one that cannot be read.
+    """
+    if not pictures:
+        raise WorkbenchError("There is no picture: drop one into the frame, or choose an example.")
+    if len(pictures) > MAX_PICTURES:
+        raise WorkbenchError(
+            f"{len(pictures)} pictures are too many: ask about {MAX_PICTURES} at most."
+        )
+    images = [read_picture(path) for path, _ in pictures]
+    return images, [image.info["note"] for image in images if "note" in image.info]
+
+
+def checked(question: str) -> str:
+    """Return the question without outer blanks.
+
+    Raises:
+        WorkbenchError: It is empty, or longer than `MAX_QUESTION`.
+    """
+    question = (question or "").strip()
+    if not question:
+        raise WorkbenchError("The question is empty: type one, or choose an example.")
+    if len(question) > MAX_QUESTION:
+        raise WorkbenchError(
+            f"The question has {len(question):,} characters: shorten it to {MAX_QUESTION:,}."
+        )
+    return question
+
+
+def take_pictures(pictures: list[tuple[str, str | None]] | None) -> tuple[gr.Gallery, str]:
+    """Look at what was put into the frame: keep what is a picture, made small, name the rest.
+
+    A picture of one's own takes the place of an example; further ones are put beside it.
+    """
+    images, wrong = [], []
+    for path, _ in pictures or []:
+        try:
+            images.append(read_picture(path))
+        except WorkbenchError as error:
+            wrong.append(str(error))
+    images = [image for image in images if not is_example(image)] or images
+    if len(images) > MAX_PICTURES:
+        wrong.append(f"{len(images)} pictures are too many: the first {MAX_PICTURES} were kept.")
+        images = images[:MAX_PICTURES]
+    notes = [image.info["note"] for image in images if "note" in image.info]
+    return frame(images), cards.alert(wrong) + cards.alert(notes, "note")
+
+
+def frame(images: list) -> gr.Gallery:
+    """Fill the frame: one picture large, several beside each other."""
+    return gr.Gallery(value=images, columns=1 if len(images) < 2 else 2)
+
+
+def show_example(at: int) -> tuple[gr.Gallery, str, str]:
+    """Put an example into the frame and the question box, and clear the alert."""
+    sample = examples()[at]
+    return frame(list(sample.images)), sample.question, ""
+
+
+def choose_hybrid(name: str, *, device: str = "cpu") -> Answers:
+    """Show another hybrid, unasked as yet; the teacher's answer stays."""
+    keep = gr.skip()
+    try:
+        idle = cards.card("Hybrid", model(name, device), None, "idle")
+    except WorkbenchError as error:
+        return Answers(cards.alert([str(error)]), keep, keep, keep, keep)
+    return Answers("", keep, idle, "", gr.Plot(value=None, visible=False))
+
+
+def stop(teacher_card: str, hybrid_card: str) -> tuple[str, str]:
+    """Say on both cards that they were stopped; the answering itself is cancelled by the event."""
+    return cards.stopped(teacher_card), cards.stopped(hybrid_card)

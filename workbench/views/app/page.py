@@ -1,0 +1,188 @@
+"""The page: what stands where, and which function answers which button."""
+
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import gradio as gr
+
+from workbench.data import Sample
+from workbench.models.teacher import VLM
+from workbench.views.app import cards
+from workbench.views.app.examples import examples, thumbnail
+from workbench.views.app.handlers import (
+    ask,
+    choose_hybrid,
+    model,
+    show_example,
+    stop,
+    take_pictures,
+)
+
+TITLE = "MaTVLM Workbench"
+HYBRIDS = ("pocket-12.5", "pocket-25", "pocket-50", "pocket-100")
+
+LEDE = """
+<header class="lede"><h1>MaTVLM Workbench</h1>
+<p>One picture, one question, two models: a teacher that is all attention, and a hybrid made from it
+that is partly Mamba-2.</p></header>
+"""
+HOW_MEASURED = """
+<p class="caption">Each model is measured alone: the teacher answers first, then the hybrid, through
+the same code with the same settings, and questions wait in one line for their turn.</p>
+"""
+WHAT_POCKET_KNOWS = """
+<p class="caption">The pocket models were trained from scratch on drawings that this project
+generates, so they know the families of these examples and nothing of photographs.</p>
+"""
+
+
+class Asking(NamedTuple):
+    """The left side of the page."""
+
+    pictures: gr.Gallery
+    question: gr.Textbox
+    ask: gr.Button
+    stop: gr.Button
+    chips: list[gr.Button]
+    max_new_tokens: gr.Slider
+
+
+class Answering(NamedTuple):
+    """The right side of the page."""
+
+    alert: gr.HTML
+    chosen: gr.Radio
+    teacher: gr.HTML
+    hybrid: gr.HTML
+    verdict: gr.HTML
+    figure: gr.Plot
+    caption: gr.HTML
+
+
+def build_app(
+    *, teacher: str = "pocket", hybrid: str = "pocket-25", device: str = "cpu"
+) -> gr.Blocks:
+    """Lay out the page and say which function answers which button.
+
+    Args:
+        teacher: Name, Hugging Face id or folder of the teacher.
+        hybrid: Name or folder of the hybrid that stands beside it at first.
+        device: Where both run, such as "cpu" or "cuda".
+
+    Raises:
+        WorkbenchError: One of the two cannot be loaded; that is tried here, so that the first
+            question need not wait for it.
+    """
+    pair = model(teacher, device), model(hybrid, device)
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as app:
+        gr.HTML(LEDE)
+        with gr.Row(elem_id="desk"):
+            with gr.Column(scale=4, min_width=320):
+                left = _asking(examples())
+            with gr.Column(scale=7, min_width=320):
+                right = _answering(pair, hybrid)
+        _wire(left, right, teacher, device)
+    return app
+
+
+def _asking(samples: tuple[Sample, ...]) -> Asking:
+    """Lay out pictures, question, buttons and examples; the first example stands there already."""
+    pictures = gr.Gallery(
+        label="Pictures, one to four",
+        value=list(samples[0].images),
+        columns=min(len(samples[0].images), 2),
+        height=250,
+        object_fit="contain",
+        format="png",
+        interactive=True,
+        sources=["upload", "webcam", "clipboard"],
+        file_types=["file"],  # anything may come in, so that a sentence can say what is wrong
+        buttons=[],
+        elem_id="pictures",
+    )
+    question = gr.Textbox(
+        label="Question",
+        value=samples[0].question,
+        placeholder="What do you want to know?",
+        lines=1,  # with one line, Enter asks
+        max_lines=4,
+        elem_id="question",
+    )
+    with gr.Row():
+        ask_button = gr.Button("Ask", variant="primary", scale=3, elem_id="ask")
+        stop_button = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
+    with gr.Column(elem_id="more"):
+        gr.HTML("<h2 class='section'>Examples</h2>")
+        with gr.Row(elem_id="examples"):
+            chips = [_chip(sample) for sample in samples]
+        gr.HTML(WHAT_POCKET_KNOWS)
+        with gr.Accordion("Options", open=False):
+            max_new_tokens = gr.Slider(8, 256, 128, step=8, label="Longest answer, in tokens")
+    return Asking(pictures, question, ask_button, stop_button, chips, max_new_tokens)
+
+
+def _chip(sample: Sample) -> gr.Button:
+    """Make a button of an example: its picture over the name of its family."""
+    return gr.Button(
+        sample.family, icon=thumbnail(sample), size="sm", min_width=60, elem_classes="chip"
+    )
+
+
+def _answering(pair: tuple[VLM, VLM], chosen: str) -> Answering:
+    """Lay out the choice of the hybrid, the two cards and what compares them, top to bottom."""
+    return Answering(
+        alert=gr.HTML(elem_id="alert"),
+        chosen=gr.Radio(
+            label="Share of the hybrid's layers that are Mamba-2",
+            choices=_choices(chosen),
+            value=chosen,
+            elem_id="hybrid",
+        ),
+        **_two_cards(*pair),
+        verdict=gr.HTML(elem_id="verdict"),
+        figure=gr.Plot(show_label=False, visible=False, elem_id="figure"),
+        caption=gr.HTML(HOW_MEASURED, elem_id="caption"),
+    )
+
+
+def _two_cards(teacher: VLM, hybrid: VLM) -> dict[str, gr.HTML]:
+    with gr.Row(elem_id="answers"):
+        return dict(
+            teacher=gr.HTML(cards.card("Teacher", teacher, None, "idle")),
+            hybrid=gr.HTML(cards.card("Hybrid", hybrid, None, "idle")),
+        )
+
+
+def _choices(hybrid: str) -> list[tuple[str, str]]:
+    """Label the hybrids of the package by their share, and one from elsewhere by its name."""
+    shipped = [(f"{name.removeprefix('pocket-')}%", name) for name in HYBRIDS]
+    return shipped if hybrid in HYBRIDS else [*shipped, (Path(hybrid).name, hybrid)]
+
+
+def _wire(left: Asking, right: Answering, teacher: str, device: str) -> None:
+    page = [right.alert, right.teacher, right.hybrid, right.verdict, right.figure]
+    models_are_one_at_a_time = dict(concurrency_id="models", concurrency_limit=1)
+    private = dict(api_visibility="private", show_progress="hidden")
+    asking = gr.on(
+        [left.ask.click, left.question.submit],
+        partial(ask, teacher=teacher, device=device),
+        [left.pictures, left.question, right.chosen, left.max_new_tokens],
+        page,
+        api_name="ask",
+        show_progress_on=right.caption,
+        **models_are_one_at_a_time,
+    )
+    both = [right.teacher, right.hybrid]
+    left.stop.click(stop, both, both, cancels=[asking], queue=False, **private)
+    right.chosen.change(
+        partial(choose_hybrid, device=device),
+        right.chosen,
+        page,
+        **models_are_one_at_a_time,
+        **private,
+    )
+    left.pictures.upload(take_pictures, left.pictures, [left.pictures, right.alert], **private)
+    for at, chip in enumerate(left.chips):
+        shown = [left.pictures, left.question, right.alert]
+        chip.click(partial(show_example, at), None, shown, **private)
