@@ -5,7 +5,7 @@ READY  := .venv/.ready
 # app.py says why
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: app lab test lint format clean help
+.PHONY: app lab notebooks test lint format clean help
 
 help:    ## this list
 	@sed -n 's/^\([a-z]*\): .*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -14,7 +14,12 @@ app: $(READY)    ## install if needed, then open the app (PORT=7860 to choose th
 	$(BIN)/python app.py $(if $(PORT),--port $(PORT))
 
 lab: $(READY)    ## open the notebooks
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks/0_tour.ipynb
+
+# JupyterLab draws plotly's figures itself, offline. GitHub and nbconvert do not: for them Chromium adds a PNG.
+notebooks: $(READY)    ## run every notebook again and keep what it shows (needs Chromium)
+	$(BIN)/jupytext -q --to ipynb --update notebooks/*.py
+	PLOTLY_RENDERER=plotly_mimetype+png HF_HUB_OFFLINE=1 $(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 test: $(READY)    ## install if needed, then run every test
 	$(BIN)/python -m pytest

@@ -3,6 +3,7 @@ import json
 import pytest
 import tiny
 import torch
+from transformers.utils import logging
 
 from workbench.errors import WorkbenchError
 from workbench.models.delta import load_delta, save_delta
@@ -78,6 +79,18 @@ def test_a_vlm_is_saved_and_loaded_with_its_processor(tmp_path):
     assert teacher.plan is None
     assert teacher.model.dtype == torch.bfloat16
     assert "Every layer attends" in str(teacher)
+
+
+def test_saving_and_loading_show_no_progress_bar_and_leave_it_on_for_others(tmp_path, capfd):
+    assert logging.is_progress_bar_enabled()
+    save(tiny.vlm((0, 2)), tmp_path)
+    load(tmp_path)
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
+
+
+def test_the_repr_of_a_vlm_fits_on_a_line():
+    assert repr(tiny.vlm()) == "VLM(name='tiny', plan=None)"
 
 
 def test_what_cannot_be_loaded_or_saved_is_said_in_a_sentence(tmp_path):

@@ -1,7 +1,7 @@
 """Score pocket models family by family; this fills the tables of the README.
 
     python -m benchmarks.pocket.evaluate pocket pocket-25 --limit 400
-    python -m benchmarks.pocket.evaluate pocket pocket-25 pocket-50 pocket-100 --device cuda
+    python -m benchmarks.pocket.evaluate pocket pocket-{12.5,25,50,100} --device cuda
 
 Writes OUT (a JSON file) with machine, date, command and versions.
 """

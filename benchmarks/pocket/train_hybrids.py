@@ -54,7 +54,8 @@ def train_hybrid(teacher: wb.VLM, percent: float, seconds: float, args: argparse
     )  # fmt: skip
     folder = Path(args.out) / f"hybrid-{percent:g}"
     save_delta(student.model, teacher.model, folder, dtype=torch.bfloat16)
-    curve = run.to_dict() | {"arguments": vars(args)}
+    arguments = {name: value for name, value in vars(args).items() if name != "out"}
+    curve = run.to_dict() | {"arguments": arguments}
     (folder / "curve.json").write_text(json.dumps(curve, indent=1))
     print(run, flush=True)
 

@@ -20,6 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from workbench.data import easy_vqa
 from workbench.data.drawing import IMAGE_SIZE
 from workbench.data.scenes import Scene, Turn, make_scene
+from workbench.errors import WorkbenchError
 
 IGNORE = -100  # the label that cross-entropy skips
 MOST_IMAGES = 4
@@ -109,12 +110,17 @@ class TrainingBatches(IterableDataset):
     `text_tokens`, how many of the last positions hold text in any row. One batch in
     `several_every` is of prompts with two to four pictures and holds a quarter as many rows; blank
     pictures fill up its `pixel_values`, so that compiled code sees two shapes only.
+
+    Raises:
+        WorkbenchError: a batch size too small for one prompt of four pictures.
     """
 
     def __init__(
         self, encoder: Encoder, batch_size: int, *, max_text: int = 80, several_every: int = 12,
         seed: int = 0, mixture: Mapping[str, float] = MIXTURE,
     ):  # fmt: skip
+        if batch_size < MOST_IMAGES:
+            raise WorkbenchError(f"batch_size={batch_size} is too small: ask for {MOST_IMAGES}.")
         self.encoder, self.batch_size, self.max_text = encoder, batch_size, max_text
         self.several_every, self.seed, self.mixture = several_every, seed, dict(mixture)
 

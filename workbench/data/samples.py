@@ -32,7 +32,7 @@ class Sample:
         Case, outer spaces and a final full stop do not count.
         """
         if self.facts is not None:
-            return share_right(reply, self.facts)
+            return share_right(reply.lower(), self.facts)
         return float(_plain(reply) == _plain(self.answer))
 
 

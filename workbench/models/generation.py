@@ -51,8 +51,8 @@ class Answer:
         return (
             f"{self.text}\n"
             f"  {self.n_prompt_tokens} prompt tokens in {self.prefill_ms:.1f} ms, then "
-            f"{self.n_new_tokens} new ones at {self.decode_tokens_per_s:.1f} tokens/s; "
-            f"cache {self.cache_bytes / 2**10:,.0f} KiB (attention {self.kv_bytes / 2**10:,.0f}, "
+            f"{self.n_new_tokens} new ones at {self.decode_tokens_per_s:.1f} tokens/s\n"
+            f"  cache {self.cache_bytes / 2**10:,.0f} KiB (attention {self.kv_bytes / 2**10:,.0f}, "
             f"Mamba-2 {self.ssm_bytes / 2**10:,.0f}), "
             f"weights {self.weight_bytes / 2**20:,.1f} MiB"
         )

@@ -1,6 +1,8 @@
 """Load and save what every verb takes: a model, its processor, and its plan if it is a hybrid."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.utils import logging
 
 from workbench.errors import WorkbenchError
 from workbench.models.delta import load_delta
@@ -32,8 +35,8 @@ class VLM:
     """A vision-language model, teacher or hybrid, ready to be asked."""
 
     name: str
-    model: PreTrainedModel
-    processor: ProcessorMixin  # or a bare tokenizer, for a language model
+    model: PreTrainedModel = field(repr=False)  # its repr fills a screen
+    processor: ProcessorMixin = field(repr=False)  # or a bare tokenizer, for a language model
     plan: Plan | None = None  # None for a teacher
 
     @property
@@ -46,8 +49,8 @@ class VLM:
         n_parameters = sum(p.numel() for p in self.model.parameters())
         text = (
             f"{self.name}: a model of the family {family_name(self.model)} with {n_layers} decoder "
-            f"layers and {n_parameters / 1e6:,.1f} million parameters ({self.model.dtype}, "
-            f"{self.model.device})."
+            f"layers\n  and {n_parameters / 1e6:,.1f} million parameters "
+            f"({str(self.model.dtype).removeprefix('torch.')}, {self.model.device})."
         )
         if self.plan is None:
             return f"{text} Every layer attends."
@@ -128,8 +131,9 @@ def save(vlm: VLM, folder: str | Path) -> Path:
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise WorkbenchError(f"{folder} is a file; name a folder to save into.")
-    vlm.model.save_pretrained(folder)
-    vlm.processor.save_pretrained(folder)
+    with _no_progress_bar():
+        vlm.model.save_pretrained(folder)
+        vlm.processor.save_pretrained(folder)
     return folder
 
 
@@ -144,9 +148,10 @@ def _load_pretrained(
         config = AutoConfig.from_pretrained(source, **common)
         speaks_images = type(config) in AutoModelForImageTextToText._model_mapping
         auto = AutoModelForImageTextToText if speaks_images else AutoModelForCausalLM
-        model, report = auto.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
-        )
+        with _no_progress_bar() if local else nullcontext():  # a download should show its own
+            model, report = auto.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
+            )
         processor = AutoProcessor.from_pretrained(source, **common)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -159,6 +164,18 @@ def _load_pretrained(
                 f"{len(report[kind])} of them, {first} first."
             )
     return VLM(name, model.to(device).eval(), processor, plan_of(model))
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Silence transformers' bars inside: what is on the disk is read and written in a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from random import Random
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from workbench.data import Sample
@@ -14,19 +15,24 @@ from workbench.errors import WorkbenchError
 from workbench.models.generation import build_prompt
 from workbench.models.teacher import VLM
 
+Batch = Mapping[str, Tensor]
 
-def as_batches(vlm: VLM, data: Iterable, *, batch_size: int, seed: int) -> Iterator[Mapping[str, Tensor]]:
-    """Endless batches: samples are shuffled anew each time round, ready batches pass through.
+
+def as_batches(vlm: VLM, data: Iterable, *, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Batches of samples, shuffled anew each time round, or ready batches in their own order.
+
+    They are endless, but for ready batches from an iterator, which end when it does.
 
     Raises:
-        WorkbenchError: samples that are none.
+        WorkbenchError: samples that are none, or an iterator over samples.
     """
     if not isinstance(data, Sequence):
-        for batch in data:
-            yield ready_batch(vlm, batch)
+        yield from (ready_batch(vlm, batch) for batch in data)
         return
     if len(data) == 0:
         raise WorkbenchError("There is no sample to train on: the data set is empty.")
+    while isinstance(data[0], Mapping):
+        yield from (ready_batch(vlm, batch) for batch in data)
     rng = Random(seed)
     while True:
         order = rng.sample(range(len(data)), len(data))
@@ -40,22 +46,38 @@ def collate(vlm: VLM, samples: Sequence[Sample]) -> dict[str, Tensor]:
     Returns:
         `input_ids`, `attention_mask`, `labels` (batch, seqlen), right-padded, and `pixel_values`.
     """
-    tokenizer = vlm.processor.tokenizer
+    tokenizer = vlm.tokenizer
     prompts = [build_prompt(vlm, len(s.images), s.question) for s in samples]
     full = [f"{p} {s.answer}{tokenizer.eos_token}" for p, s in zip(prompts, samples, strict=True)]
-    images = [list(s.images) for s in samples] if any(s.images for s in samples) else None
-    batch = vlm.processor(text=full, images=images, return_tensors="pt", padding=True, padding_side="right")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # As in `prepare_inputs`: a template that wrote the first token leaves none to be added.
+    bos = tokenizer.bos_token
+    plain = {"add_special_tokens": not (bos and prompts[0].startswith(bos))}
+    images = [list(s.images) for s in samples]
+    padded = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+    batch = vlm.processor(text=full, **_pictures(images), **padded, **plain)
     labels = batch["input_ids"].clone()
-    for row, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
-        alone = vlm.processor(text=prompt, images=list(sample.images) or None)["input_ids"][0]
+    for row, (prompt, seen) in enumerate(zip(prompts, images, strict=True)):
+        alone = vlm.processor(text=[prompt], **_pictures([seen]), **plain)["input_ids"][0]
         labels[row, : len(alone)] = IGNORE
     labels[batch["attention_mask"] == 0] = IGNORE
     keys = ("input_ids", "attention_mask", "pixel_values")
     return {k: batch[k] for k in keys if k in batch} | {"labels": labels}
 
 
-def ready_batch(vlm: VLM, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """A batch of `TrainingBatches` without its blank pictures, normalised as the processor does."""
+def _pictures(images: list[list[Image.Image]]) -> dict:
+    return {"images": images} if any(images) else {}
+
+
+def ready_batch(vlm: VLM, batch: Batch) -> Batch:
+    """A batch of `TrainingBatches` without its blank pictures, normalised as the processor does.
+
+    Raises:
+        WorkbenchError: it is no batch.
+    """
+    if not isinstance(batch, Mapping):
+        raise WorkbenchError("An iterator must give batches: put samples into a list instead.")
     pictures = batch["pixel_values"]
     if pictures.dtype != torch.uint8:
         return batch

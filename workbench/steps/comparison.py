@@ -57,9 +57,10 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        scores = [f"{one.model} {one.score:.1%}" for one in (self.teacher, self.student)]
         rows = [
-            f"{', '.join(scores)}, same words on {self.agreement:.1%} of {len(self.pairs)} questions"
+            f"{self.teacher.model} {self.teacher.score:.1%},"
+            f" {self.student.model} {self.student.score:.1%},"
+            f" same words on {self.agreement:.1%} of {len(self.pairs)} questions"
         ]
         for pair in self.partings[:5]:
             rows.append(

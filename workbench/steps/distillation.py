@@ -6,6 +6,7 @@ teacher's; the logit loss compares what both models predict at the answers' posi
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,9 +19,7 @@ from workbench.data.conversations import IGNORE
 from workbench.errors import WorkbenchError
 from workbench.models.families import decoder_layers
 from workbench.models.teacher import VLM
-from workbench.steps.batches import as_batches
-
-Batch = Mapping[str, Tensor]
+from workbench.steps.batches import Batch, as_batches
 
 
 @dataclass(frozen=True)
@@ -102,13 +101,13 @@ def distill(
         A `Run`; `print(run)` says how far the losses fell.
 
     Raises:
-        WorkbenchError: a student without Mamba layers, no data, steps below 1, or a loss that is
-            not a number (says at which step).
+        WorkbenchError: a student without Mamba layers, data that is none or ends too early, a
+            number out of range, or a loss that is not a number (says at which step).
 
     Source: MaTVLM, arXiv 2503.13440, section 3.3; its code sums the KL over every position and
     takes one norm of the whole tensor, so that the balance drifts with length (train_hybrid.py).
     """
-    _check(student, steps)
+    _check(student, lr, {"steps": steps, "batch_size": batch_size, "log_every": log_every})
     trained = trainable_parameters(student)
     optimizer = torch.optim.AdamW(_groups(trained), lr=lr, betas=(0.9, 0.95))
     losses = _Losses(student, teacher, layer_weight, kl_weight, compile_layers)
@@ -121,7 +120,7 @@ def distill(
             now = lr * _rate(step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = now
-            total, layer, kl = losses(_next(batches))
+            total, layer, kl = losses(_next(batches, step))
             total.backward()
             nn.utils.clip_grad_norm_(trained.values(), 1.0)
             optimizer.step()
@@ -250,22 +249,29 @@ def _rate(step: int, steps: int) -> float:
     return min(step / warmup, 1 - 0.9 * max(0, step - warmup) / max(1, steps - warmup))
 
 
-def _next(batches: Iterator[Batch]) -> Batch:
+def _next(batches: Iterator[Batch], step: int) -> Batch:
     try:
         return next(batches)
     except StopIteration:
-        raise WorkbenchError("The data ended before the first batch: give at least one sample.") from None
+        raise WorkbenchError(
+            f"The data ended before step {step}: give more batches, or ask for fewer steps."
+        ) from None
 
 
-def _check(student: VLM, steps: int) -> None:
+def _check(student: VLM, lr: float, counts: Mapping[str, int]) -> None:
     if student.plan is None or not student.plan.mamba_layers:
-        raise WorkbenchError(f"{student.name} has no Mamba-2 layer to train: convert a teacher first.")
-    if steps < 1:
-        raise WorkbenchError(f"steps={steps} trains nothing: ask for at least 1.")
+        raise WorkbenchError(
+            f"{student.name} has no Mamba-2 layer to train: convert a teacher first."
+        )
+    for name, count in counts.items():
+        if count < 1:
+            raise WorkbenchError(f"{name}={count} trains nothing: ask for at least 1.")
+    if not (math.isfinite(lr) and lr > 0):
+        raise WorkbenchError(f"lr={lr} is no learning rate: choose one above 0, such as 1e-3.")
 
 
 def _must_be_finite(row: StepRow) -> None:
-    if row.loss != row.loss or row.loss == float("inf"):
+    if not math.isfinite(row.loss):
         raise WorkbenchError(
             f"The loss is {row.loss} at step {row.step} (lr {row.lr:.1e}): lower the learning rate."
         )

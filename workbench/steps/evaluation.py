@@ -103,8 +103,10 @@ def evaluate(
     Raises:
         WorkbenchError: an unknown data set, or one without samples.
     """
-    samples = load_data(data, split=split, limit=limit, seed=seed) if isinstance(data, str) else data
-    name = getattr(samples, "name", "your samples")
+    if isinstance(data, str):
+        data = load_data(data, split=split, limit=limit, seed=seed)
+    name = getattr(data, "name", "your samples")
+    samples = data[: None if limit is None else max(0, limit)]
     if len(samples) == 0:
         raise WorkbenchError("There is no sample to ask: the data set is empty.")
     ready = sorted(enumerate(samples), key=lambda pair: _cost(pair[1]))  # alike ones share a batch

@@ -52,7 +52,8 @@ def convert(teacher: VLM, plan: Plan, *, init: str = "matvlm", seed: int = 0) ->
     for index, mixer in mixers(model).items():
         mixer.reset_new_parameters(seed=1000 * seed + index)
         if not start.keeps_attention:
-            _randomise_projections(mixer, seed=1000 * seed + index)
+            # A seed of its own: from that of z_proj, C would come out as the gate, shifted.
+            _randomise_projections(mixer, seed=1000 * seed + index + 500)
     return VLM(f"{teacher.name}-{100 * plan.ratio:g}", model, teacher.processor, plan)
 
 

@@ -81,8 +81,8 @@ def profile(
     Raises:
         WorkbenchError: no model, no sample, or repeats below 1.
     """
-    if not models or repeats < 1:
-        raise WorkbenchError("profile needs at least one model and one repeat.")
+    if isinstance(models, VLM) or not models or repeats < 1:
+        raise WorkbenchError("profile needs a list of at least one model, and at least one repeat.")
     chosen = list(samples) if samples is not None else _default_samples()
     if not chosen:
         raise WorkbenchError("profile needs at least one sample to ask.")

@@ -44,18 +44,22 @@ def stack_figure(plan: Plan) -> go.Figure:
     return figure
 
 
-def cache_figure(answers: Mapping[str, Sequence[Answer]]) -> go.Figure:
-    """Draw how the cache grows while an answer is written, one line a model.
+def cache_figure(
+    answers: Mapping[str, Sequence[Answer]], *, continued: float = CONTINUED
+) -> go.Figure:
+    """Draw how the cache grows with the tokens, one line a model.
 
     Args:
-        answers: The model's name to the answers that `stream_answer` yielded, the teacher's first.
+        answers: The model's name to answers of growing length, such as those that `stream_answer`
+            yielded; the teacher's first.
+        continued: The lines go on, dotted, to so many times the longest of them.
 
     Returns:
         Cache in KiB (keys, values and states) against the tokens of prompt and answer: bold what
-        was measured, dotted what it comes to at the same rate, up to `CONTINUED` times as long.
+        was measured, dotted what it comes to at the same rate.
     """
     figure = go.Figure()
-    end = CONTINUED * max(_length(stream[-1]) for stream in answers.values())
+    end = continued * max(_length(stream[-1]) for stream in answers.values())
     for position, (name, stream) in enumerate(answers.items()):
         colour = HYBRID if position else TEACHER
         lengths = [_length(answer) for answer in stream]
