@@ -83,7 +83,9 @@ def test_a_vlm_is_saved_and_loaded_with_its_processor(tmp_path):
 
 def test_saving_and_loading_show_no_progress_bar_and_leave_it_on_for_others(tmp_path, capfd):
     assert logging.is_progress_bar_enabled()
-    save(tiny.vlm((0, 2)), tmp_path)
+    vlm = tiny.vlm((0, 2))
+    capfd.readouterr()
+    save(vlm, tmp_path)
     load(tmp_path)
     assert capfd.readouterr() == ("", "")
     assert logging.is_progress_bar_enabled()
