@@ -33,7 +33,8 @@ the same code with the same settings, and questions wait in one line for their t
 """
 WHAT_POCKET_KNOWS = """
 <p class="caption">The pocket models were trained from scratch on drawings that this project
-generates, so they know the families of these examples and nothing of photographs.</p>
+generates, so they know the families of these examples and nothing of photographs. The hybrids are
+young: the README has their scores.</p>
 """
 
 
