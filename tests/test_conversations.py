@@ -163,6 +163,8 @@ def test_a_batch_has_its_shapes_and_is_always_the_same(encoder, number):
     assert wanted.any(1).all()
     assert torch.equal(batch["labels"][wanted], batch["input_ids"][wanted])
     assert not wanted[:, : -batch["text_tokens"]].any()
+    assert not wanted[~batch["real"]].any()
+    assert not batch["input_ids"][~batch["real"]].any()
     real = batch["pixel_values"].flatten(1).any(1)
     n_pictures = int(real.sum())
     assert real[:n_pictures].all()

@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
+    # Every layer compiles on its own: two shapes, with and without gradients, Mamba-2 or not.
+    torch._dynamo.config.recompile_limit = 64
     teacher = wb.load_teacher(args.teacher, device="cuda" if on_gpu() else "cpu")
     for entry in args.hybrids:
         percent, seconds = map(float, entry.split(":"))

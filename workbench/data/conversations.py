@@ -106,10 +106,11 @@ class TrainingBatches(IterableDataset):
 
     Each item is a dict: `pixel_values` (batch_size, 3, 128, 128) uint8 in the order of the image
     tokens; `input_ids` and `labels` (n_rows, n_slots * n_image_tokens + max_text) int64,
-    right-padded with id 0 and `IGNORE`, which a causal model may read without a mask; and
-    `text_tokens`, how many of the last positions hold text in any row. One batch in
-    `several_every` is of prompts with two to four pictures and holds a quarter as many rows; blank
-    pictures fill up its `pixel_values`, so that compiled code sees two shapes only.
+    right-padded with id 0 and `IGNORE`, which a causal model may read without a mask; `real`, of
+    the same shape, False where that padding is; and `text_tokens`, how many of the last positions
+    hold text in any row. One batch in `several_every` is of prompts with two to four pictures and
+    holds a quarter as many rows; blank pictures fill up its `pixel_values`, so that compiled code
+    sees two shapes only.
 
     Raises:
         WorkbenchError: a batch size too small for one prompt of four pictures.
@@ -145,6 +146,7 @@ class TrainingBatches(IterableDataset):
         length = slots * n_image_tokens + self.max_text
         ids = torch.zeros(len(families), length, dtype=torch.long)
         labels = torch.full((len(families), length), IGNORE)
+        real = torch.zeros(len(families), length, dtype=torch.bool)
         pictures: list[Image.Image] = []
         for row, family in enumerate(families):
             scene = self._scene(rng, family)
@@ -152,11 +154,13 @@ class TrainingBatches(IterableDataset):
             text, wanted = self.encoder.conversation(turns, len(scene.images), self.max_text)
             ids[row, : len(text)] = torch.tensor(text)
             labels[row, : len(text)] = torch.tensor(wanted)
+            real[row, : len(text)] = True
             pictures += scene.images
         return {
             "pixel_values": pixels(pictures, self.batch_size),
             "input_ids": ids,
             "labels": labels,
+            "real": real,
             "text_tokens": length - fewest * n_image_tokens,
         }
 

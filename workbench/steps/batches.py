@@ -78,8 +78,8 @@ def ready_batch(vlm: VLM, batch: Batch) -> Batch:
     """
     if not isinstance(batch, Mapping):
         raise WorkbenchError("An iterator must give batches: put samples into a list instead.")
-    pictures = batch["pixel_values"]
-    if pictures.dtype != torch.uint8:
+    pictures = batch.get("pixel_values")
+    if pictures is None or pictures.dtype != torch.uint8:
         return batch
     n_image_tokens = int((batch["input_ids"] == vlm.model.config.image_token_id).sum())
     tower = vlm.model.config.vision_config

@@ -84,7 +84,9 @@ def distill(
     Args:
         student: a hybrid from `convert`.
         teacher: the model that it came from, on the same device.
-        data: samples, or ready batches (dicts with `input_ids`, `labels`, `pixel_values`).
+        data: samples, or ready batches: dicts with `input_ids`, `labels`, and, where there are,
+            `pixel_values`, `attention_mask`, and `real`, (batch, seqlen), for right padding that
+            needs no mask but is not to be counted.
         steps: optimiser steps; samples start over when they end.
         batch_size: samples a step; ready batches keep their own size.
         lr: peak learning rate of AdamW (betas 0.9, 0.95), after a warm-up over 5 % of the steps
@@ -172,7 +174,7 @@ class _Losses:
         ]
         self.compiled = [*layers, *self.student_layers] if compiled else []
         for layer in self.compiled:
-            layer.forward = torch.compile(layer.forward)
+            layer.forward = torch.compile(layer.forward, dynamic=False)
 
     def _keep(self, index: int):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
@@ -186,7 +188,7 @@ class _Losses:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             with torch.no_grad():
                 target = self.teacher(**inputs, logits_to_keep=keep).logits[rows, columns]
-            layer = self._layer_loss()
+            layer = self._layer_loss(batch.get("real", batch.get("attention_mask")))
             logits = self.student(**inputs, logits_to_keep=keep).logits[rows, columns]
         kl = F.kl_div(
             F.log_softmax(logits.float(), -1),
@@ -196,13 +198,16 @@ class _Losses:
         )
         return self.layer_weight * layer + self.kl_weight * kl, layer, kl
 
-    def _layer_loss(self) -> Tensor:
-        """Each Mamba layer on the teacher's input, against the teacher's output."""
+    def _layer_loss(self, real: Tensor | None) -> Tensor:
+        """Each Mamba layer on the teacher's input against the teacher's output, at real tokens."""
+        if real is not None:
+            real = real.to(self.student.device, torch.float32, non_blocking=True)
+            weight = real / real.sum()
         distances = []
         for index, (args, kwargs, output) in self.calls.items():
             got, wanted = _hidden(self.student_layers[index](*args, **kwargs)), _hidden(output)
             distance = (got.float() - wanted.float()).norm(dim=-1) / wanted.shape[-1] ** 0.5
-            distances.append(distance.mean())
+            distances.append(distance.mean() if real is None else (distance * weight).sum())
         self.calls.clear()
         return torch.stack(distances).mean()
 
