@@ -62,8 +62,16 @@ def test_unpack_refuses_what_does_not_fit():
     one_sided.o_proj.bias = None
     with pytest.raises(WorkbenchError, match="cannot hold out_proj.bias"):
         unpack(pack(mixer(bias=True)), one_sided)
-    with pytest.raises(WorkbenchError, match="without rope"):
-        pack(mixer(rope=True))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"rope": True}, {"gate": False}, {"norm": False}, {"conv_activation": None}, {"scale": 0.5}],
+    ids=lambda option: next(iter(option)),
+)
+def test_what_the_packed_layout_cannot_say_is_refused(option):
+    with pytest.raises(WorkbenchError, match="layout of mamba_ssm has no place for"):
+        pack(mixer(**option))
 
 
 def test_a_fused_projection_is_three_projections_in_one():
@@ -154,6 +162,53 @@ def test_the_norm_works_in_groups_of_the_chosen_size():
     torch.testing.assert_close(over_all.norm(y, z), expected)
 
 
+LINEAR = {"norm": False, "conv_activation": None, "scale": 0.3}
+
+
+@pytest.mark.parametrize("gate", [{"gate": False}, {"bias": True}], ids=["no-gate", "gate-of-1"])
+@pytest.mark.parametrize("d_conv", [1, 4])
+@pytest.mark.parametrize("n_kv_heads", [4, 2], ids=["mha", "gqa"])
+def test_reset_to_linear_attention_leaves_attention_without_softmax(n_kv_heads, d_conv, gate):
+    mix, h = mixer(n_kv_heads, d_conv=d_conv, rope=True, **LINEAR, **gate), hidden()
+    mix.reset_to_linear_attention()
+    C, B, x = (p(h).unflatten(-1, (-1, w)) for p, w in
+               ((mix.q_proj, 10), (mix.k_proj, 10), (mix.v_proj, 6)))  # fmt: skip
+    cos, sin = (r[:, :, None] for r in rotary(torch.arange(13.0)))
+    turn = torch.tensor([[0, 0, -1, 0], [0, 0, 0, -1], [1, 0, 0, 0], [0, 1, 0, 0.0]])
+    B, C = (torch.cat([t[..., :4] * cos + t[..., :4] @ turn.T * sin, t[..., 4:]], -1)
+            for t in (B, C))  # fmt: skip
+    B, x = (t.repeat_interleave(4 // n_kv_heads, 2) for t in (B, x))
+    scores = 0.3 * torch.einsum("bihn,bjhn->bhij", C, B).tril()
+    expected = mix.o_proj(torch.einsum("bhij,bjhp->bihp", scores, x).flatten(2))
+    torch.testing.assert_close(mix(h, rotary=rotary(torch.arange(13.0)))[0], expected)
+
+
+def test_only_a_mixer_with_nothing_in_the_way_becomes_linear_attention():
+    with pytest.raises(WorkbenchError, match=r"norm=False and conv_.*=None and gate=False \(or"):
+        mixer().reset_to_linear_attention()
+
+
+def test_without_gate_norm_and_activation_those_parts_are_not_there():
+    mix, h = mixer(gate=False, norm=False, conv_activation=None), hidden()
+    assert not {"z_proj.weight", "norm.weight"} & set(mix.state_dict())
+    state = mix(h[:, :-1])[1]
+    torch.testing.assert_close(mix(h[:, -1:], state=state)[0], mix(h)[0][:, -1:])
+    plain_norm = mixer(gate=False)
+    y = hidden()
+    expected = y.unflatten(-1, (4, 6))
+    expected = expected * torch.rsqrt(expected.pow(2).mean(-1, keepdim=True) + 1e-5)
+    torch.testing.assert_close(plain_norm.norm(y, None), expected.flatten(-2))
+    for option in ({"gate": False}, {"norm": False}, {"gate": False, "norm": False}):
+        output, _ = mixer(**option).to(torch.bfloat16)(h.bfloat16())
+        assert output.dtype == torch.bfloat16
+
+
+def test_the_scale_multiplies_what_comes_out_of_the_state():
+    one, other = mixer(norm=False), mixer(norm=False, scale=2.0)
+    one.D.data.zero_(), other.D.data.zero_()
+    torch.testing.assert_close(other(hidden())[0], 2 * one(hidden())[0])
+
+
 def test_new_parameters_are_drawn_as_the_paper_draws_them_and_always_the_same():
     one, other, third = mixer(seed=3), mixer(seed=3), mixer(seed=4)
     for name in ("A_log", "dt_bias", "dt_weight", "z_proj.weight", "conv1d.weight"):
@@ -201,6 +256,8 @@ def test_sizes_that_do_not_divide_are_refused():
         mixer(norm_group_size=7)
     with pytest.raises(WorkbenchError, match=r"chunk_size \(8\) must be at least 1"):
         mixer(d_conv=0)
+    with pytest.raises(WorkbenchError, match="'silu' or None, but not 'relu'"):
+        mixer(conv_activation="relu")
 
 
 def test_kernels_are_chosen_in_one_place():

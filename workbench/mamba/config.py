@@ -1,5 +1,8 @@
 """Sizes and options of a mixer, and the names of what it takes over.
 
+The options' defaults are the paper's. With others a mixer can hold exactly what attention without
+softmax computes: `Mamba2Mixer.reset_to_linear_attention` says which.
+
 ours       paper  mamba_ssm  transformers       attention twin
 d_model    D      d_model    hidden_size        hidden_size
 d_state    N      d_state    state_size         head_dim of Q and K
@@ -20,7 +23,7 @@ class Mamba2Config:
     """Sizes and options of one mixer.
 
     Raises:
-        WorkbenchError: sizes that do not divide each other.
+        WorkbenchError: sizes that do not divide each other, or an unknown activation.
     """
 
     d_model: int  # width of the residual stream (D)
@@ -28,12 +31,16 @@ class Mamba2Config:
     n_kv_heads: int  # heads of x and B, each repeated for n_heads / n_kv_heads heads (G)
     headdim: int  # width of x in one head (P)
     d_state: int  # width of B and C in one head (N)
-    d_conv: int = 4  # taps of the causal convolution over x, B and C
+    d_conv: int = 4  # taps of the causal convolution over x, B and C; 1: no look at the past
     chunk_size: int = 64  # positions computed as one matrix (Q)
     bias: bool = False  # keep the biases of the projections; the paper drops them
     rope: bool = False  # rotate B and C by position, as attention does; the paper does not
+    conv_activation: str | None = "silu"  # after the convolution; None: the sum as it is
+    gate: bool = True  # multiply the output by silu(z); False: there is no z at all
+    norm: bool = True  # normalise the (gated) output; False: there is no norm at all
     norm_group_size: int | None = None  # channels normalised together; None: one head (P)
-    norm_eps: float = 1e-5  # epsilon of the gated norm
+    norm_eps: float = 1e-5  # epsilon of the norm
+    scale: float | None = None  # multiplies C after the convolution, as attention scales Q; None: 1
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -48,6 +55,10 @@ class Mamba2Config:
             raise WorkbenchError(
                 f"d_conv ({self.d_conv}) and chunk_size ({self.chunk_size}) must be at least 1."
             )
+        if self.conv_activation not in ("silu", None):
+            raise WorkbenchError(
+                f"conv_activation is 'silu' or None, but not {self.conv_activation!r}."
+            )
 
     @property
     def d_inner(self) -> int:
@@ -56,7 +67,7 @@ class Mamba2Config:
 
     @property
     def group_size(self) -> int:
-        """Channels that the gated norm normalises together."""
+        """Channels that the norm normalises together."""
         return self.norm_group_size or self.headdim
 
     @property

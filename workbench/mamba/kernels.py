@@ -27,7 +27,12 @@ class Kernels:
 
 
 def _conv_torch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, state: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str | None = "silu",
+    state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     context, length = weight.shape[-1] - 1, x.shape[1]
     window = F.pad(x, (0, 0, context, 0)) if state is None else torch.cat([state.mT, x], dim=1)
@@ -37,7 +42,8 @@ def _conv_torch(
     y = sum(window[:, i : i + length] * tap for i, tap in enumerate(taps))
     if bias is not None:
         y = y + bias.to(high)
-    return F.silu(y).to(x.dtype), window[:, length:].mT
+    y = F.silu(y) if activation == "silu" else y
+    return y.to(x.dtype), window[:, length:].mT
 
 
 _IMPLEMENTATIONS = {"torch": Kernels(plain.ssd_chunked, plain.ssd_step, _conv_torch)}
@@ -98,17 +104,25 @@ def ssd_step(
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, state: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str | None = "silu",
+    state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Convolve each channel with its own past, then apply SiLU.
+    """Convolve each channel with its own past, then apply SiLU unless told not to.
 
     Args:
         x: (batch, seqlen, channels).
         weight: (channels, d_conv), the newest position last.
         bias: (channels,) or None.
+        activation: "silu", or None for the sum as it is.
         state: (batch, channels, d_conv - 1), the inputs just before x, or None for zeros.
 
     Returns:
         y like x, and the state after x (batch, channels, d_conv - 1).
     """
-    return _IMPLEMENTATIONS[_chosen].causal_conv1d(x, weight, bias, state=state)
+    return _IMPLEMENTATIONS[_chosen].causal_conv1d(
+        x, weight, bias, activation=activation, state=state
+    )

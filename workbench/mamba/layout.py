@@ -19,17 +19,15 @@ def pack(mixer: Mamba2Mixer) -> dict[str, Tensor]:
 
     Returns:
         in_proj (rows [z, x, B, C, dt]), conv1d, dt_bias, A_log, D, norm.weight and out_proj; the
-        biases of in_proj and out_proj are there if the mixer has any. Queries' and keys' own norms
-        and rope have no place in that layout.
+        biases of in_proj and out_proj are there if the mixer has any.
 
     Raises:
-        WorkbenchError: the mixer has such a norm, or rotates.
+        WorkbenchError: the mixer has an option that this layout has no place for.
     """
-    config, names = mixer.config, mixer.names
-    if names.C_norm or names.B_norm or config.rope:
-        raise WorkbenchError("Only a mixer without query and key norms and without rope packs.")
+    _check_packable(mixer)
+    config = mixer.config
     channels = _channel_index(config)
-    out = getattr(mixer, names.out)
+    out = getattr(mixer, mixer.names.out)
     xBC = torch.cat(_attention_rows(mixer, "weight"))[channels]
     packed = {
         "in_proj.weight": torch.cat([mixer.z_proj.weight, xBC, mixer.dt_weight]),
@@ -88,6 +86,23 @@ def unpack(state_dict: Mapping[str, Tensor], mixer: Mamba2Mixer) -> None:
                 f"This mixer cannot hold {name}: its heads share x and B where the state dict has "
                 "different rows for them, or it has no place for a bias."
             )
+
+
+def _check_packable(mixer: Mamba2Mixer) -> None:
+    config, names = mixer.config, mixer.names
+    foreign = {
+        "norms on queries and keys": names.C_norm or names.B_norm,
+        "rope=True": config.rope,
+        "gate=False": not config.gate,
+        "norm=False": not config.norm,
+        "conv_activation=None": config.conv_activation is None,
+        "a scale on C": config.scale not in (None, 1),
+    }
+    found = [option for option, is_there in foreign.items() if is_there]
+    if found:
+        raise WorkbenchError(
+            f"The layout of mamba_ssm has no place for {' and '.join(found)}, which this mixer has."
+        )
 
 
 def _channel_index(config: Mamba2Config) -> Tensor:

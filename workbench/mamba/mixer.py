@@ -28,30 +28,32 @@ class MixerState(NamedTuple):
 
 
 class CausalConv1d(nn.Conv1d):
-    """Depthwise causal convolution with SiLU; shaped as in mamba_ssm, run by `kernels`."""
+    """Depthwise causal convolution, then SiLU or nothing; shaped as in mamba_ssm."""
 
-    def __init__(self, channels: int, d_conv: int) -> None:
+    def __init__(self, channels: int, d_conv: int, activation: str | None) -> None:
         super().__init__(channels, channels, d_conv, groups=channels, padding=d_conv - 1)
+        self.activation = activation
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map (batch, seqlen, channels) to the same shape, and return the state after it."""
-        return kernels.causal_conv1d(x, self.weight.squeeze(1), self.bias, state=state)
+        return kernels.causal_conv1d(
+            x, self.weight.squeeze(1), self.bias, activation=self.activation, state=state
+        )
 
 
 class GatedRMSNorm(nn.Module):
-    """norm(y * silu(z)) over groups of channels, computed in float32."""
+    """norm(y * silu(z)), or norm(y) without z, over groups of channels, computed in float32."""
 
     def __init__(self, width: int, group_size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.group_size, self.eps = group_size, eps
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """Map y and z, both (batch, seqlen, width), to the same shape in the dtype of z."""
-        high = torch.promote_types(z.dtype, torch.float32)
-        gated = (y.to(high) * F.silu(z.to(high))).unflatten(-1, (-1, self.group_size))
+    def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
+        """Map y and z, both (batch, seqlen, width), to the same shape, at least float32."""
+        gated = _gated(y, z).unflatten(-1, (-1, self.group_size))
         scale = torch.rsqrt(gated.pow(2).mean(-1, keepdim=True) + self.eps)
-        return ((gated * scale).flatten(-2) * self.weight.to(high)).to(z.dtype)
+        return (gated * scale).flatten(-2) * self.weight.to(gated.dtype)
 
 
 class Mamba2Mixer(nn.Module):
@@ -89,9 +91,13 @@ class Mamba2Mixer(nn.Module):
         # The dt projection has n_heads rows only, too few for a quantised nn.Linear: a bare
         # parameter.
         self.dt_weight = nn.Parameter(torch.empty(config.n_heads, config.d_model, **options))
-        self.z_proj = nn.Linear(config.d_model, config.d_inner, bias=config.bias, **options)
-        self.conv1d = CausalConv1d(sum(config.widths), config.d_conv).to(**options)
-        self.norm = GatedRMSNorm(config.d_inner, config.group_size, config.norm_eps).to(**options)
+        if config.gate:
+            self.z_proj = nn.Linear(config.d_model, config.d_inner, bias=config.bias, **options)
+        conv1d = CausalConv1d(sum(config.widths), config.d_conv, config.conv_activation)
+        self.conv1d = conv1d.to(**options)
+        if config.norm:
+            norm = GatedRMSNorm(config.d_inner, config.group_size, config.norm_eps)
+            self.norm = norm.to(**options)
         for name in self.float32_parameters:
             empty = torch.empty(config.n_heads, device=like.device, dtype=torch.float32)
             self.register_parameter(name, nn.Parameter(empty))
@@ -114,21 +120,57 @@ class Mamba2Mixer(nn.Module):
 
         linear, conv = self.config.d_model**-0.5, self.config.d_conv**-0.5
         dt = draw(self.dt_bias, math.log(1e-3), math.log(0.1)).exp()
-        values = {
-            "z_proj.weight": draw(self.z_proj.weight, -linear, linear),
+        values = {}
+        if self.config.gate:
+            values["z_proj.weight"] = draw(self.z_proj.weight, -linear, linear)
+        values |= {
             "dt_weight": draw(self.dt_weight, -linear, linear),
             "conv1d.weight": draw(self.conv1d.weight, -conv, conv),
             "conv1d.bias": draw(self.conv1d.bias, -conv, conv),
             "A_log": draw(self.A_log, 1, 16).log(),
             "dt_bias": dt + torch.log(-torch.expm1(-dt)),  # the inverse of softplus
             "D": torch.tensor(1.0, device="cpu"),
-            "norm.weight": torch.tensor(1.0, device="cpu"),
         }
-        if self.config.bias:
+        if self.config.norm:
+            values["norm.weight"] = torch.tensor(1.0, device="cpu")
+        if self.config.gate and self.config.bias:
             values["z_proj.bias"] = draw(self.z_proj.bias, -linear, linear)
         with torch.no_grad():
             for name, value in values.items():
                 self.get_parameter(name).copy_(value)
+
+    def reset_to_linear_attention(self) -> None:
+        """Make this attention without softmax: y_i = sum over j <= i of scale (C_i . B_j) x_j.
+
+        The decay is 1 (to 1e-13), dt is 1, D is 0, the convolution passes its newest input through,
+        and a gate, if there is one, is 1. With bias=True, scale that of the attention and rope as
+        it has it, the layer then computes what the attention would without its softmax.
+
+        Raises:
+            WorkbenchError: an option stands in the way.
+        """
+        config = self.config
+        in_the_way = {
+            "norm=False": config.norm,
+            "conv_activation=None": config.conv_activation is not None,
+            "gate=False (or bias=True)": config.gate and not config.bias,
+        }
+        needed = [option for option, missing in in_the_way.items() if missing]
+        if needed:
+            raise WorkbenchError(
+                f"This mixer cannot become linear attention: build it with {' and '.join(needed)}."
+            )
+        with torch.no_grad():
+            self.A_log.fill_(-30.0)
+            self.dt_weight.zero_()
+            self.dt_bias.fill_(math.log(math.expm1(1.0)))  # softplus of it is 1
+            self.D.zero_()
+            self.conv1d.weight.zero_()
+            self.conv1d.weight[..., -1] = 1
+            self.conv1d.bias.zero_()
+            if config.gate:
+                self.z_proj.weight.zero_()
+                self.z_proj.bias.fill_(1.2784645427610738)  # silu of it is 1
 
     def forward(
         self,
@@ -169,14 +211,17 @@ class Mamba2Mixer(nn.Module):
         )
         if config.rope:
             B, C = (_rotate(t, rotary) for t in (B, C))
+        if config.scale is not None:
+            C = C * config.scale
         # Grouped-query attention shares each key and value head: (kv p) -> (kv r p), head by head.
         repeats = config.n_heads // config.n_kv_heads
         if repeats > 1:
             x, B = (t.repeat_interleave(repeats, dim=2) for t in (x, B))
         y, ssm_state = self._scan(x, dt, B, C, state)
-        y = y + x * self.D[:, None]
-        y = self.norm(y.flatten(2), self.z_proj(hidden_states))
-        return getattr(self, self.names.out)(y), MixerState(conv_state, ssm_state)
+        y = (y + x * self.D[:, None]).flatten(2)
+        z = self.z_proj(hidden_states) if config.gate else None
+        y = self.norm(y, z) if config.norm else _gated(y, z)
+        return getattr(self, self.names.out)(y.to(x.dtype)), MixerState(conv_state, ssm_state)
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         names, config = self.names, self.config
@@ -219,6 +264,12 @@ def _new_projections(config: Mamba2Config) -> dict[str, nn.Module]:
     widths = {"q_proj": C, "k_proj": B, "v_proj": x}
     modules = {n: nn.Linear(config.d_model, w, bias=config.bias) for n, w in widths.items()}
     return modules | {"o_proj": nn.Linear(config.d_inner, config.d_model, bias=config.bias)}
+
+
+def _gated(y: Tensor, z: Tensor | None) -> Tensor:
+    """Return y * silu(z), or y without z, in at least float32."""
+    high = torch.promote_types(y.dtype, torch.float32)
+    return y.to(high) if z is None else y.to(high) * F.silu(z.to(high))
 
 
 def _normed(norm: nn.Module, t: Tensor, width: int) -> Tensor:

@@ -39,13 +39,18 @@ from workbench.models.families import (
 )
 from workbench.models.plan import Plan
 
-# What a mixer can be built with beside the sizes it takes over, and the paper's choices.
+# What a mixer can be built with beside the sizes it takes over, and the paper's choices;
+# Mamba2Config says what each means. scale="attention" is the factor of the attention replaced.
 MIXER_OPTIONS: dict[str, Any] = {
     "rope": False,
     "bias": False,
     "d_conv": 4,
+    "conv_activation": "silu",
     "chunk_size": 64,
+    "gate": True,
+    "norm": True,
     "norm_group_size": None,
+    "scale": None,
 }
 
 
@@ -62,6 +67,9 @@ class SSMAttention(Mamba2Mixer):
         names = projection_names(config.model_type, attention)
         modules = {name: getattr(attention, name) for name in names.all()}
         hybrid = config.ssm_hybrid
+        options = dict(hybrid["options"])
+        if options.get("scale") == "attention":
+            options["scale"] = attention.scaling
         if names.fused:
             head = attention.head_dim
             sizes = {"headdim": head, "d_state": head}
@@ -75,7 +83,7 @@ class SSMAttention(Mamba2Mixer):
             n_heads=config.num_attention_heads,
             n_kv_heads=config.num_key_value_heads,
             **sizes,
-            **hybrid["options"],
+            **options,
         )
         super().__init__(mixer_config, modules, names, seed=layer_idx)
         self.layer_idx = layer_idx
