@@ -1,0 +1,215 @@
+"""What every family must do; `python -m benchmarks.families` makes the README's table of these."""
+
+import copy
+
+import pytest
+import tiny_families as tiny
+import torch
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+)
+
+from workbench.errors import WorkbenchError
+from workbench.models.cache import SSMSlot
+from workbench.models.families import decoder_layers, text_config
+from workbench.models.hybrid import build_hybrid, mixers, plan_of
+from workbench.models.plan import Plan
+
+ALL, SOME = (0, 1, 2, 3), (0, 3)  # where windows slide, they do in layers 0 and 2
+KEPT = {"rope": True, "bias": True, "scale": "attention", "d_conv": 2, "gate": False, "norm": False}
+LINEAR = {"bias": True, "scale": "attention", "gate": False, "norm": False, "conv_activation": None}
+CASES = ((SOME, {}), ((0, 2), KEPT), (ALL, {"chunk_size": 8}))
+STATIC = {"cache_implementation": "static", "disable_compile": True}
+every_family = pytest.mark.parametrize("family", tiny.FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def new_tokens(model, fed, **options):
+    """Six token ids for each question, none of them special."""
+    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 6} | options
+    special = list(range(tiny.N_SPECIAL))
+    return model.generate(**fed, **options, suppress_tokens=special)[:, -6:]
+
+
+def sees_no_answer(family, layers):
+    """PaliGemma's attention looks at all of what it is given: without a cache, at its answer too."""
+    return family != "paligemma" or layers == ALL
+
+
+def without_softmax(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Causal linear attention on the queries, keys and values that a family itself has made."""
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    scores = (scaling * query @ key.mT).tril()
+    return (scores @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("without_softmax", without_softmax)
+
+
+def attention_calls(model, fed):
+    """Run a teacher and keep, for each layer, its attention and what it was called with."""
+    calls = []
+
+    def keep(module, args, kwargs):
+        assert not args
+        calls.append((module, kwargs | {"attention_mask": None}))
+
+    for layer in decoder_layers(model):
+        layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True)
+    model(**fed, use_cache=False)
+    for layer in decoder_layers(model):
+        layer.self_attn._forward_pre_hooks.clear()
+    return calls
+
+
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no-rope"])
+@every_family
+def test_family_transfer(family, rope):
+    model = copy.deepcopy(tiny.teacher(family))
+    calls = attention_calls(model, tiny.questions(family))
+    student = mixers(tiny.student(family, ALL, rope=rope, **LINEAR))
+    turned = 0
+    for i, (attention, kwargs) in enumerate(calls):
+        attention.config._attn_implementation = "without_softmax"
+        cos, sin = kwargs["position_embeddings"]
+        still = {"position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+        with_rope, without = attention(**kwargs)[0], attention(**(kwargs | still))[0]
+        turned += not torch.allclose(with_rope, without, atol=1e-2)
+        student[i].reset_to_linear_attention()
+        mixed = student[i](**kwargs)[0]
+        torch.testing.assert_close(mixed, with_rope if rope else without, rtol=1e-4, atol=1e-4)
+        assert mixed.abs().max() > 0.1
+    assert turned >= 2, "RoPE must matter, or this test would not see it"
+
+
+@every_family
+def test_family_cache(family):
+    fed = tiny.questions(family)
+    for layers, options in CASES:
+        model = tiny.student(family, layers, **options)
+        cached = new_tokens(model, fed)
+        assert torch.equal(new_tokens(model, fed, **STATIC), cached)
+        if sees_no_answer(family, layers):
+            assert torch.equal(new_tokens(model, fed, use_cache=False), cached)
+
+
+@every_family
+def test_family_padding(family):
+    for layers, options in CASES:
+        model = tiny.student(family, layers, **options)
+        alone = [new_tokens(model, tiny.questions(family, (i,))) for i in (0, 1)]
+        assert not torch.equal(*alone)
+        for filler in (tiny.PAD, tiny.N_SPECIAL):  # the mask alone must tell
+            batch = tiny.questions(family, filler=filler)
+            assert torch.equal(new_tokens(model, batch), torch.cat(alone))
+        assert torch.equal(new_tokens(model, batch, **STATIC), torch.cat(alone))
+
+
+@every_family
+def test_family_save_and_load(family, tmp_path):
+    auto = AutoModelForCausalLM if family in tiny.LANGUAGE else AutoModelForImageTextToText
+    model, fed = tiny.student(family, SOME, **KEPT), tiny.questions(family)
+    expected = model(**fed).logits
+    model.save_pretrained(tmp_path)
+    for where in ({}, {"device_map": "auto"}, {"device_map": {"": "cpu"}}):
+        loaded, report = auto.from_pretrained(tmp_path, output_loading_info=True, **where)
+        assert not any(report.values())
+        assert type(loaded) is type(model)
+        assert plan_of(loaded) == plan_of(model)
+        assert text_config(loaded).ssm_hybrid == text_config(model).ssm_hybrid
+        assert torch.equal(loaded(**fed).logits, expected)
+    low = auto.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for mixer in mixers(low).values():
+        assert {mixer.A_log.dtype, mixer.dt_bias.dtype, mixer.D.dtype} == {torch.float32}
+        assert mixer.dt_weight.dtype == torch.bfloat16
+
+
+@every_family
+def test_family_beam_and_sampling(family):
+    for layers, options in CASES[1:]:
+        model, fed = tiny.student(family, layers, **options), tiny.questions(family)
+        for how in ({"num_beams": 3}, {"do_sample": True, "top_k": 20}):
+            answers = []
+            for cache in ({}, STATIC, {"use_cache": False}):
+                if cache.get("use_cache", True) or sees_no_answer(family, layers):
+                    torch.manual_seed(0)
+                    answers.append(new_tokens(model, fed, **how, **cache))
+            assert all(torch.equal(answer, answers[0]) for answer in answers)
+
+
+@every_family
+def test_family_bf16(family):
+    # PaliGemma's attention would see the answer; all its layers are Mamba-2 here.
+    model = tiny.student(family, ALL if family == "paligemma" else SOME).to(torch.bfloat16)
+    fed = tiny.questions(family)
+    if "pixel_values" in fed:
+        fed["pixel_values"] = fed["pixel_values"].to(torch.bfloat16)
+    for mixer in mixers(model).values():
+        assert {mixer.A_log.dtype, mixer.dt_bias.dtype, mixer.D.dtype} == {torch.float32}
+    more = {"return_dict_in_generate": True, "output_logits": True}
+    answer = model.generate(**fed, **more, do_sample=False, eos_token_id=None, max_new_tokens=6,
+                            suppress_tokens=list(range(tiny.N_SPECIAL)))  # fmt: skip
+    state = answer.past_key_values.layers[0].read()
+    assert (state.ssm.dtype, state.conv.dtype) == (torch.float32, torch.bfloat16)
+    cached = torch.stack(answer.logits, 1).float()
+    whole = model(**tiny.longer(fed, answer.sequences), use_cache=False).logits[:, -7:-1].float()
+    torch.testing.assert_close(cached, whole, rtol=0, atol=0.03 * whole.abs().max().item())
+    assert whole.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@every_family
+def test_family_gradient_checkpointing(family):
+    model, fed = tiny.student(family, SOME).train(), tiny.questions(family)
+    labels = fed["input_ids"].masked_fill(fed["attention_mask"] == 0, -100)
+    learned = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        with torch.enable_grad():
+            loss = model(**fed, labels=labels, use_cache=False).loss
+            loss.backward()
+        learned.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+    torch.testing.assert_close(*learned)
+    for mixer in mixers(model).values():
+        for name, parameter in mixer.named_parameters():
+            names = [n for n, p in model.named_parameters() if p is parameter]
+            assert learned[0][names[0]].abs().max() > 0, name
+
+
+@every_family
+def test_family_keeps_what_is_not_replaced(family):
+    teacher, fed = tiny.teacher(family), tiny.questions(family)
+    untouched = build_hybrid(teacher, Plan(tiny.N_LAYERS, ()))
+    assert torch.equal(untouched(**fed).logits, teacher(**fed).logits)
+    student = tiny.student(family, (3,))
+    before, after = (m(**fed, output_hidden_states=True).hidden_states for m in (teacher, student))
+    assert all(torch.equal(a, b) for a, b in zip(before[:4], after[:4], strict=True))
+    old, new = teacher.state_dict(), student.state_dict()
+    for name, tensor in old.items():
+        if name in new:  # a bias of the replaced layer is not
+            assert torch.equal(new[name], tensor)
+    lost = old.keys() - new.keys()
+    assert all("layers.3.self_attn" in name and name.endswith("bias") for name in lost)
+
+
+@every_family
+def test_family_refuses_to_take_tokens_back(family):
+    model, fed = tiny.student(family, SOME), tiny.questions(family, (0,))
+    for how in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": tiny.teacher(family)}):
+        with pytest.raises(WorkbenchError, match="Assisted decoding and prompt lookup"):
+            new_tokens(model, fed, **how)
+    cache = DynamicCache(config=model.config)
+    model(**fed, past_key_values=cache)
+    assert [isinstance(slot, SSMSlot) for slot in cache.layers] == [True, False, False, True]
+    with pytest.raises(WorkbenchError, match="cannot be cropped"):
+        cache.crop(-1)
