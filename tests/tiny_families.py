@@ -197,6 +197,8 @@ def questions(family: str, rows: tuple[int, ...] = (0, 1), filler: int = PAD) ->
             fed["mm_token_type_ids"] = is_picture
         if family == "gemma3":
             fed["token_type_ids"] = is_picture
+        if family == "paligemma":  # 0 in the prefix, whose tokens all see each other
+            fed["token_type_ids"] = torch.zeros_like(ids)
     return fed
 
 
@@ -207,6 +209,8 @@ def longer(fed: dict[str, Any], ids: torch.Tensor) -> dict[str, Any]:
     for key, value in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
         if key in fed:
             grown[key] = torch.nn.functional.pad(fed[key], (0, n_new), value=value)
+    if "token_type_ids" in fed and not fed["token_type_ids"].any():  # PaliGemma's suffix
+        grown["token_type_ids"][:, -n_new:] = 1
     return fed | grown
 
 
