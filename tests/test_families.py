@@ -6,18 +6,29 @@ import functools
 import pytest
 import tiny_families as tiny
 import torch
+from tiny import HOUSE, tokenizer
 from transformers import (
+    CONFIG_MAPPING,
     AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     DynamicCache,
 )
 
+import workbench as wb
+from benchmarks.families import BEGIN, COLUMNS, END
 from workbench.errors import WorkbenchError
 from workbench.models.cache import SSMSlot
-from workbench.models.families import decoder_layers, text_config
+from workbench.models.families import (
+    LANGUAGE_MODELS,
+    REFUSED,
+    VISION_LANGUAGE_MODELS,
+    decoder_layers,
+    text_config,
+)
 from workbench.models.hybrid import build_hybrid, mixers, plan_of
 from workbench.models.plan import Plan
+from workbench.models.teacher import VLM
 
 ALL, SOME = (0, 1, 2, 3), (0, 3)  # where windows slide, they do in layers 0 and 2
 KEPT = {"rope": True, "bias": True, "scale": "attention", "d_conv": 2, "gate": False, "norm": False}
@@ -127,7 +138,8 @@ def test_family_padding(family):
             alone = [generate(model, tiny.questions(family, (i,)), **cache) for i in (0, 1)]
             together = copy.copy(alone[0])
             together.sequences = torch.cat([answer.sequences[:, -6:] for answer in alone])
-            together.logits = [torch.cat(pair) for pair in zip(*(a.logits for a in alone), strict=True)]
+            both = zip(*(answer.logits for answer in alone), strict=True)
+            together.logits = [torch.cat(pair) for pair in both]
             for filler in (tiny.PAD, tiny.N_SPECIAL):  # the mask alone must tell
                 batch = generate(model, tiny.questions(family, filler=filler), **cache)
                 assert_same(batch, together)
@@ -230,3 +242,78 @@ def test_family_refuses_to_take_tokens_back(family):
     assert [isinstance(slot, SSMSlot) for slot in cache.layers] == [True, False, False, True]
     with pytest.raises(WorkbenchError, match="cannot be cropped"):
         cache.crop(-1)
+
+
+REFUSALS = {
+    "deepseek_v3": "one latent vector",
+    "gemma4_text": "keys and values of another layer",
+    "gpt2": "not a self_attn",
+    "gpt_neox": "not a self_attn",
+    "gpt_oss": "learned sink",
+    "mamba2": "linear in the length already",
+    "mllama": "cross-attention layers",
+    "opt": "cannot be converted yet; those that can are cohere2, gemma, ",
+    "qwen3_next": "linear in the length already",
+}
+
+
+@pytest.mark.parametrize("name, reason", REFUSALS.items(), ids=REFUSALS)
+def test_what_cannot_be_converted_is_refused_by_name_with_the_reason(name, reason):
+    config = CONFIG_MAPPING[name]()
+    config.get_text_config(decoder=True).num_hidden_layers = 2
+    auto = AutoModelForImageTextToText if name == "mllama" else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    vlm = VLM(name, model, None)
+    for verb in (wb.choose_layers, lambda vlm: wb.convert(vlm, Plan(2, (0,)))):
+        with pytest.raises(WorkbenchError, match=f"family '{name}'.*{reason}"):
+            verb(vlm)
+
+
+def test_every_reason_for_a_refusal_is_seen():
+    seen = {reason for reason in REFUSED for part in REFUSALS.values() if part in reason}
+    assert seen == set(REFUSED)
+    assert not set(LANGUAGE_MODELS) & {name for names in REFUSED.values() for name in names}
+
+
+def test_an_attention_that_the_table_does_not_describe_is_refused():
+    model = copy.deepcopy(tiny.teacher("llama"))
+    attention = decoder_layers(model)[2].self_attn
+    attention.sinks = torch.nn.Parameter(torch.zeros(6))
+    with pytest.raises(WorkbenchError, match="of this llama has a sinks, which the table"):
+        build_hybrid(model, Plan(4, (2,)))
+    del attention.sinks, attention.k_proj
+    with pytest.raises(WorkbenchError, match="of this llama has no k_proj"):
+        build_hybrid(model, Plan(4, (2,)))
+
+
+def test_a_family_in_a_body_that_is_not_in_the_table_is_refused():
+    model = copy.deepcopy(tiny.teacher("llava"))
+    model.config.__class__ = CONFIG_MAPPING["llava_next"]
+    with pytest.raises(WorkbenchError, match=r"'llava_next' \(around 'llama'\) cannot .* yet"):
+        build_hybrid(model, Plan(4, (2,)))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl", "gemma3"])
+def test_the_verbs_take_any_family(family, tmp_path):
+    teacher = VLM(f"tiny-{family}", tiny.teacher(family), tokenizer())
+    assert f"a model of the family {family} with 4 decoder layers" in str(teacher)
+    plan = wb.choose_layers(teacher, ratio=0.5)
+    assert plan.mamba_layers == (0, 2)
+    student = wb.convert(teacher, plan)
+    assert student.name == f"tiny-{family}-50"
+    again = wb.load(wb.save(student, tmp_path / "hybrid"))
+    fed = tiny.questions(family)
+    assert again.plan == plan
+    assert torch.equal(again.model(**fed).logits, student.model(**fed).logits)
+
+
+def test_the_readme_shows_every_family():
+    text = (HOUSE / "README.md").read_text().split(BEGIN)[1].split(END)[0]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    alone = [name for name, family in LANGUAGE_MODELS.items() if family.model_class]
+    assert rows[0] == ["family", *COLUMNS]
+    assert [row[0] for row in rows[2:]] == [*alone, *VISION_LANGUAGE_MODELS] == [*tiny.FAMILIES]
+    assert all(row[1:] == ["✓"] * len(COLUMNS) for row in rows[2:])
+    for name in COLUMNS.values():
+        assert name in globals()

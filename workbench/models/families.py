@@ -30,7 +30,7 @@ class Family:
 
 
 # By model_type of the text config. A family of language models is one row here, and one line in
-# tests/tiny.py.
+# tests/tiny_families.py.
 LANGUAGE_MODELS = {
     "cohere2": Family("Cohere2ForCausalLM", rope_switch="sliding_window", rope_interleaved=True),
     "gemma": Family("GemmaForCausalLM"),
@@ -107,7 +107,7 @@ def text_config(model: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:
 
 def family_name(model: PreTrainedModel) -> str:
     """Name the model's family as people say it: "llava (phi)", or "phi" for a language model."""
-    outer, inner = _model_types(model)
+    outer, inner = (name.removesuffix("_text") for name in _model_types(model))
     return outer if outer == inner else f"{outer} ({inner})"
 
 
