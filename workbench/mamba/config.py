@@ -35,6 +35,7 @@ class Mamba2Config:
     chunk_size: int = 64  # positions computed as one matrix (Q)
     bias: bool = False  # keep the biases of the projections; the paper drops them
     rope: bool = False  # rotate B and C by position, as attention does; the paper does not
+    rope_interleaved: bool = False  # turn channels (0, 1), (2, 3), ... instead of the two halves
     conv_activation: str | None = "silu"  # after the convolution; None: the sum as it is
     gate: bool = True  # multiply the output by silu(z); False: there is no z at all
     norm: bool = True  # normalise the (gated) output; False: there is no norm at all

@@ -210,7 +210,7 @@ class Mamba2Mixer(nn.Module):
             )
         )
         if config.rope:
-            B, C = (_rotate(t, rotary) for t in (B, C))
+            B, C = (_rotate(t, rotary, config.rope_interleaved) for t in (B, C))
         if config.scale is not None:
             C = C * config.scale
         # Grouped-query attention shares each key and value head: (kv p) -> (kv r p), head by head.
@@ -279,12 +279,17 @@ def _normed(norm: nn.Module, t: Tensor, width: int) -> Tensor:
     return norm(t.unflatten(-1, (-1, width))).flatten(-2)
 
 
-def _rotate(t: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+def _rotate(t: Tensor, rotary: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
     """Rotate the first r channels of each head by position: (b, l, h, n), cos and sin (b, l, r)."""
     if rotary is None:
         raise WorkbenchError("This mixer was built with rope=True and needs the rotary embeddings.")
     cos, sin = (r.unsqueeze(-2).to(t.dtype) for r in rotary)
     turned, kept = t.tensor_split([cos.shape[-1]], dim=-1)
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    if interleaved:
+        first, second = turned.unflatten(-1, (-1, 2)).unbind(-1)
+        crosswise = torch.stack([-second, first], dim=-1).flatten(-2)
+    else:
+        first, second = turned.chunk(2, dim=-1)
+        crosswise = torch.cat([-second, first], dim=-1)
+    turned = turned * cos + crosswise * sin
     return torch.cat([turned, kept], dim=-1)

@@ -147,15 +147,28 @@ def real_positions(
         key = torch.arange(attention_mask.shape[-1], device=batch.device)
         sees = attention_mask.mask_mod
         if static:
-            return sees(batch[:, None, None], 0, query[:, None], key).any(-1)
+            return _see_themselves(sees(batch[:, None, None], 0, query[:, None], key))
         return sees(batch[:, None], 0, query, key[-length:])
     if attention_mask.ndim == 2:
         return attention_mask[:, -length:].bool()
     sees = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-    if static:  # a padding row sees nothing
-        return sees[:, 0].any(-1)
+    if static:
+        return _see_themselves(sees[:, 0])
     # A real token sees itself, a padding token does not.
     return sees[:, 0, :, -length:].diagonal(dim1=-2, dim2=-1)
+
+
+def _see_themselves(sees: Tensor) -> Tensor:
+    """Tell which queries of (batch, queries, keys) see their own place in a static cache.
+
+    Nobody sees the places that are still free, so the newest place seen is that of the last query.
+    That a query sees anything is not enough: in a block that sees itself, padding does, too.
+    """
+    places = torch.arange(sees.shape[-1], device=sees.device)
+    queries = places[: sees.shape[-2]]
+    newest = torch.where(sees.flatten(0, 1).any(0), places, 0).amax()
+    own = (newest - queries[-1] + queries).clamp(min=0)
+    return sees[:, queries, own]
 
 
 def cache_bytes(cache: Cache) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.generation.configuration_utils import GenerationMode
 
 from workbench.errors import WorkbenchError
 from workbench.mamba.config import Mamba2Config
@@ -33,8 +34,9 @@ from workbench.models.cache import install_slots, real_positions
 from workbench.models.families import (
     LANGUAGE_MODELS,
     VISION_LANGUAGE_MODELS,
+    check_family,
     decoder_layers,
-    projection_names,
+    read_attention,
     text_config,
 )
 from workbench.models.plan import Plan
@@ -64,28 +66,22 @@ class SSMAttention(Mamba2Mixer):
     """
 
     def __init__(self, attention: nn.Module, config: PreTrainedConfig, layer_idx: int) -> None:
-        names = projection_names(config.model_type, attention)
-        modules = {name: getattr(attention, name) for name in names.all()}
-        hybrid = config.ssm_hybrid
-        options = dict(hybrid["options"])
-        if options.get("scale") == "attention":
-            options["scale"] = attention.scaling
-        if names.fused:
-            head = attention.head_dim
-            sizes = {"headdim": head, "d_state": head}
-        else:
-            sizes = {
-                "headdim": modules[names.x].out_features // config.num_key_value_heads,
-                "d_state": modules[names.C].out_features // config.num_attention_heads,
-            }
+        taken, hybrid = read_attention(attention, config), config.ssm_hybrid
+        modules = {name: getattr(attention, name) for name in taken.names.all()}
+        options = MIXER_OPTIONS | hybrid["options"]
+        options["rope"] = options["rope"] and taken.rotates
+        if options["scale"] == "attention":
+            options["scale"] = taken.scale
         mixer_config = Mamba2Config(
             d_model=config.hidden_size,
             n_heads=config.num_attention_heads,
             n_kv_heads=config.num_key_value_heads,
-            **sizes,
+            headdim=taken.headdim,
+            d_state=taken.d_state,
+            rope_interleaved=taken.rope_interleaved,
             **options,
         )
-        super().__init__(mixer_config, modules, names, seed=layer_idx)
+        super().__init__(mixer_config, modules, taken.names, seed=layer_idx)
         self.layer_idx = layer_idx
         self.n_layers = hybrid["plan"]["n_layers"]
         self.mamba_layers = tuple(hybrid["plan"]["mamba_layers"])
@@ -119,12 +115,19 @@ class SSMAttention(Mamba2Mixer):
 class HybridMixin:
     """What every hybrid adds to the class of its teacher."""
 
-    # generate refuses what has to take tokens back, such as assisted decoding.
-    _is_stateful = True
+    _is_stateful = True  # transformers must not expect that the cache can take tokens back
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         _swap(self)
+
+    def _validate_generation_mode(self, generation_mode: str, *args: Any) -> None:
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise WorkbenchError(
+                "Assisted decoding and prompt lookup take tokens back, which the state of a "
+                "Mamba-2 layer cannot; generate without them."
+            )
+        super()._validate_generation_mode(generation_mode, *args)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
@@ -179,12 +182,12 @@ def check_plan(model: PreTrainedModel, plan: Plan) -> None:
     """
     if plan_of(model) is not None:
         raise WorkbenchError("This model is a hybrid already; convert its teacher instead.")
+    check_family(model)
     layers = decoder_layers(model)
     if plan.n_layers != len(layers):
         raise WorkbenchError(
             f"The plan is for a model of {plan.n_layers} layers, but this one has {len(layers)}."
         )
-    projection_names(text_config(model).model_type, layers[0].self_attn)
     absent = [i for i in plan.mamba_layers if next(layers[i].parameters()).is_meta]
     if absent:
         raise WorkbenchError(
@@ -244,7 +247,7 @@ def hybrid_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def _register_families() -> None:
     """Let AutoModel read hybrids of every family in the table, once this module is imported."""
-    names = [family.model_class for family in LANGUAGE_MODELS.values()]
+    names = [family.model_class for family in LANGUAGE_MODELS.values() if family.model_class]
     for name in (*names, *VISION_LANGUAGE_MODELS.values()):
         hybrid_class(getattr(transformers, name))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from workbench.errors import WorkbenchError
-from workbench.models.families import decoder_layers
+from workbench.models.families import check_family, decoder_layers
 from workbench.models.plan import Plan
 from workbench.models.teacher import VLM
 
@@ -29,7 +29,8 @@ def choose_layers(teacher: VLM, *, ratio: float = 0.25, method: str = "even") ->
         A `Plan`; `print(plan)` draws the stack.
 
     Raises:
-        WorkbenchError: a ratio outside 0..1, one that rounds to no layer, an unknown method.
+        WorkbenchError: a ratio outside 0..1, one that rounds to no layer, an unknown method, a
+            teacher of a family that cannot be converted.
 
     Source: MaTVLM, arXiv 2503.13440, section 4.1 and table "even" of its ablation.
     """
@@ -39,6 +40,7 @@ def choose_layers(teacher: VLM, *, ratio: float = 0.25, method: str = "even") ->
         raise WorkbenchError(
             f"ratio={ratio} is not a share of layers: choose 0 to 1, such as 0.25."
         )
+    check_family(teacher.model)
     n_layers = len(decoder_layers(teacher.model))
     n_mamba = round(ratio * n_layers)
     if ratio > 0 and n_mamba == 0:
