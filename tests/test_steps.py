@@ -26,7 +26,7 @@ from workbench.steps.batches import as_batches, collate, ready_batch
 from workbench.steps.comparison import compare
 from workbench.steps.distillation import distill, trainable_parameters
 from workbench.steps.evaluation import evaluate
-from workbench.steps.initialization import INITS, convert
+from workbench.steps.initialization import convert
 from workbench.steps.profiling import profile
 from workbench.steps.selection import choose_layers
 
@@ -135,7 +135,7 @@ def test_convert_keeps_all_that_is_not_new(teacher):
         assert torch.equal(before[name], after[name]), name
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ["matvlm", "random"])
 def test_a_seed_fixes_a_student(init, teacher):
     one, again, other = (tensors(convert(teacher, PLAN, init=init, seed=k)) for k in (3, 3, 4))
     assert same(one, again)

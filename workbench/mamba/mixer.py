@@ -160,6 +160,14 @@ class Mamba2Mixer(nn.Module):
             raise WorkbenchError(
                 f"This mixer cannot become linear attention: build it with {' and '.join(needed)}."
             )
+        self.reset_to_pass_through()
+
+    def reset_to_pass_through(self) -> None:
+        """Let nothing that is new change what attention's projections say.
+
+        The decay is 1 (to 1e-13), dt is 1, D is 0, the convolution passes its newest input on, a
+        gate that has a bias is 1, and a norm only normalises.
+        """
         with torch.no_grad():
             self.A_log.fill_(-30.0)
             self.dt_weight.zero_()
@@ -168,9 +176,11 @@ class Mamba2Mixer(nn.Module):
             self.conv1d.weight.zero_()
             self.conv1d.weight[..., -1] = 1
             self.conv1d.bias.zero_()
-            if config.gate:
+            if self.config.gate and self.config.bias:
                 self.z_proj.weight.zero_()
                 self.z_proj.bias.fill_(1.2784645427610738)  # silu of it is 1
+            if self.config.norm:
+                self.norm.weight.fill_(1)
 
     def forward(
         self,

@@ -201,6 +201,12 @@ def plan_of(model: PreTrainedModel) -> Plan | None:
     return Plan.from_dict(hybrid["plan"]) if hybrid else None
 
 
+def mixer_options_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Read the options that a hybrid's mixers were built with; empty for any other model."""
+    hybrid = getattr(text_config(model), "ssm_hybrid", None)
+    return dict(hybrid["options"]) if hybrid else {}
+
+
 def mixers(model: PreTrainedModel) -> dict[int, SSMAttention]:
     """Return the mixers of a hybrid by layer index; empty for any other model."""
     attention = (layer.self_attn for layer in decoder_layers(model))

@@ -2,64 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from workbench.data import assets, load_data
+from workbench.data.text import load_texts
 from workbench.errors import WorkbenchError
-from workbench.models.hybrid import SSMAttention, build_hybrid, mixers
+from workbench.models.hybrid import SSMAttention, build_hybrid, mixer_options_of, mixers
 from workbench.models.plan import Plan
 from workbench.models.teacher import VLM
+from workbench.steps.batches import as_batches
+from workbench.steps.calibration import calibrate
+
+LICENCES = Path(assets.__file__).parent / "licences"
 
 
 @dataclass(frozen=True)
 class Init:
-    """A named start: the options that the mixers are built with, and whether attention is kept."""
+    """A named start: the options that mixers are built with, and how their parameters begin."""
 
     summary: str
-    options: dict = field(default_factory=dict)
-    keeps_attention: bool = True
+    start: Callable[[SSMAttention, int], None]  # given the mixer and a seed
+    options: dict = field(default_factory=dict)  # of MIXER_OPTIONS; the others keep the paper's
+    calibrated: bool = False  # fitted to the teacher's attention on a few sequences
 
 
-# MaTVLM, arXiv 2503.13440, section 3.2: x <- W_V, B <- W_K, C <- W_Q, out <- W_O without their
-# biases and without RoPE; z, dt, conv1d, A_log, dt_bias at random, D and norm at one.
-INITS = {
-    "matvlm": Init("the paper's: attention's own projections, everything new at random"),
-    "random": Init("the control: every matrix of the mixer at random", keeps_attention=False),
-}
+def _matvlm(mixer: SSMAttention, seed: int) -> None:
+    mixer.reset_new_parameters(seed)
 
 
-def convert(teacher: VLM, plan: Plan, *, init: str = "matvlm", seed: int = 0) -> VLM:
-    """Replace the planned layers' attention by Mamba-2; FFN, norms and all other layers are kept.
-
-    Args:
-        teacher: the model to convert; it is not changed.
-        plan: from `choose_layers`.
-        init: a key of `INITS`.
-        seed: of the parameters that start at random.
-
-    Returns:
-        A new `VLM` named after the teacher and the ratio: "pocket-25".
-
-    Raises:
-        WorkbenchError: an unknown init, or a plan that does not fit the teacher.
-    """
-    if init not in INITS:
-        raise WorkbenchError(f"There is no init {init!r}. Choose one of {', '.join(INITS)}.")
-    start = INITS[init]
-    model = build_hybrid(teacher.model, plan, start.options)
-    for index, mixer in mixers(model).items():
-        mixer.reset_new_parameters(seed=1000 * seed + index)
-        if not start.keeps_attention:
-            # A seed of its own: from that of z_proj, C would come out as the gate, shifted.
-            _randomise_projections(mixer, seed=1000 * seed + index + 500)
-    return VLM(f"{teacher.name}-{100 * plan.ratio:g}", model, teacher.processor, plan)
-
-
-def _randomise_projections(mixer: SSMAttention, seed: int) -> None:
-    """Overwrite what came from attention with nn.Linear's default, drawn on the CPU from `seed`."""
-    generator = torch.Generator("cpu").manual_seed(seed)
+def _random(mixer: SSMAttention, seed: int) -> None:
+    mixer.reset_new_parameters(seed)
+    # A seed of its own: from that of z_proj, C would come out as the gate, shifted.
+    generator = torch.Generator("cpu").manual_seed(seed + 500)
     for name in mixer.names.all():
         module = getattr(mixer, name)
         if isinstance(module, nn.Linear):
@@ -67,3 +46,98 @@ def _randomise_projections(mixer: SSMAttention, seed: int) -> None:
             fresh = torch.empty(module.weight.shape).uniform_(-bound, bound, generator=generator)
             with torch.no_grad():
                 module.weight.copy_(fresh)
+
+
+def _linear(mixer: SSMAttention, seed: int) -> None:
+    mixer.reset_to_linear_attention()
+
+
+def _pass_through(mixer: SSMAttention, seed: int) -> None:
+    mixer.reset_to_pass_through()
+
+
+# What `matvlm` drops of attention is kept: its biases and its rotation by position.
+_KEPT = {"rope": True, "bias": True}
+INITS = {
+    # MaTVLM, arXiv 2503.13440, section 3.2: x <- W_V, B <- W_K, C <- W_Q, out <- W_O without their
+    # biases and without RoPE; z, dt, conv1d, A_log, dt_bias at random, D and norm at one.
+    "matvlm": Init("the paper's: attention's own projections, everything new at random", _matvlm),
+    "random": Init("the control: every matrix of the mixer at random", _random),
+    "linear": Init(
+        "attention without its softmax, exactly: nothing forgets, convolves or gates yet",
+        _linear,
+        _KEPT | {"conv_activation": None, "norm": False, "scale": "attention"},
+    ),
+    "calibrated": Init(
+        "a mixer that passes everything through, its decays and output fitted to the teacher",
+        _pass_through,
+        _KEPT,
+        calibrated=True,
+    ),
+}
+
+
+def convert(
+    teacher: VLM,
+    plan: Plan,
+    *,
+    init: str | VLM = "matvlm",
+    calibration: Iterable | None = None,
+    options: dict | None = None,
+    seed: int = 0,
+    name: str | None = None,
+) -> VLM:
+    """Replace the planned layers' attention by Mamba-2; FFN, norms and all other layers are kept.
+
+    Args:
+        teacher: the model to convert; it is not changed.
+        plan: from `choose_layers`.
+        init: a key of `INITS`; or a hybrid of the same teacher with at least these Mamba-2 layers,
+            whose mixers are copied (align all layers once, then take any subset).
+        calibration: what `distill` takes, for "calibrated": its first 12 sequences are used. None
+            takes the workbench's own drawings, or for a language model its own English texts.
+        options: of `MIXER_OPTIONS`, in place of the init's own.
+        seed: of the parameters that start at random.
+        name: of the student; None names it after the teacher and the ratio: "pocket-25".
+
+    Returns:
+        A new `VLM`.
+
+    Raises:
+        WorkbenchError: an unknown init, a plan that does not fit the teacher or the given hybrid,
+            or no data to calibrate with.
+    """
+    name = name or f"{teacher.name}-{100 * plan.ratio:g}"
+    if isinstance(init, VLM):
+        return _with_mixers_of(init, teacher, plan, name)
+    if init not in INITS:
+        raise WorkbenchError(f"There is no init {init!r}. Choose one of {', '.join(INITS)}.")
+    how = INITS[init]
+    model = build_hybrid(teacher.model, plan, how.options | (options or {}))
+    for index, mixer in mixers(model).items():
+        how.start(mixer, 1000 * seed + index)
+    student = VLM(name, model, teacher.processor, plan)
+    if how.calibrated and plan.mamba_layers:
+        data = default_calibration(teacher) if calibration is None else calibration
+        calibrate(student, teacher, next(as_batches(student, data, batch_size=12, seed=seed)))
+    return student
+
+
+def default_calibration(teacher: VLM) -> Iterable:
+    """Return data that any teacher can read: drawings with questions, or plain English texts."""
+    if hasattr(teacher.model.config, "vision_config"):
+        return load_data("pocket", split="train", limit=12)
+    return load_texts(LICENCES)
+
+
+def _with_mixers_of(donor: VLM, teacher: VLM, plan: Plan, name: str) -> VLM:
+    given = mixers(donor.model)
+    missing = [i for i in plan.mamba_layers if i not in given]
+    if missing:
+        raise WorkbenchError(
+            f"{donor.name} has no mixer for layer {missing[0]}: align a hybrid of all layers first."
+        )
+    model = build_hybrid(teacher.model, plan, mixer_options_of(donor.model))
+    for index, mixer in mixers(model).items():
+        mixer.load_state_dict(given[index].state_dict())
+    return VLM(name, model, teacher.processor, plan)
