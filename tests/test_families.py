@@ -148,17 +148,19 @@ def test_family_padding(family):
 @every_family
 def test_family_save_and_load(family, tmp_path):
     auto = AutoModelForCausalLM if family in tiny.LANGUAGE else AutoModelForImageTextToText
-    model, fed = tiny.student(family, SOME, **KEPT), tiny.questions(family)
-    expected = model(**fed).logits
-    model.save_pretrained(tmp_path)
+    tiny.teacher(family).save_pretrained(tmp_path / "teacher")
+    teacher, fed = auto.from_pretrained(tmp_path / "teacher"), tiny.questions(family)
+    model = build_hybrid(teacher, Plan(tiny.N_LAYERS, SOME), KEPT)
+    expected, folder = model(**fed).logits, tmp_path / "student"
+    model.save_pretrained(folder)
     for where in ({}, {"device_map": "auto"}, {"device_map": {"": "cpu"}}):
-        loaded, report = auto.from_pretrained(tmp_path, output_loading_info=True, **where)
+        loaded, report = auto.from_pretrained(folder, output_loading_info=True, **where)
         assert not any(report.values())
         assert type(loaded) is type(model)
         assert plan_of(loaded) == plan_of(model)
         assert text_config(loaded).ssm_hybrid == text_config(model).ssm_hybrid
         assert torch.equal(loaded(**fed).logits, expected)
-    low = auto.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    low = auto.from_pretrained(folder, dtype=torch.bfloat16)
     for mixer in mixers(low).values():
         assert {mixer.A_log.dtype, mixer.dt_bias.dtype, mixer.D.dtype} == {torch.float32}
         assert mixer.dt_weight.dtype == torch.bfloat16

@@ -52,9 +52,8 @@ def _no_gradients():
 
 @pytest.mark.parametrize("options", [PAPER, KEPT], ids=["paper", "kept"])
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_generation_does_not_depend_on_cache_or_padding(family, layers, options):
-    model, ids = hybrid(family, layers, options), tiny.token_ids()
+def test_generation_does_not_depend_on_cache_or_padding(layers, options):
+    model, ids = hybrid("phi-norms", layers, options), tiny.token_ids()
     short, batch, mask = left_padded(ids, 4)
     cached = new_tokens(model, ids)
     alone = new_tokens(model, short)
@@ -137,6 +136,16 @@ def test_padding_is_read_from_every_kind_of_mask():
     assert real_positions(None, 6, None) is None
 
 
+def test_padding_in_a_block_that_sees_itself_is_still_padding():
+    real = torch.ones(2, 6, dtype=torch.bool)
+    real[0, :2] = False
+    sees = real[:, None, :].expand(2, 6, 6)  # every query sees all that is real
+    free = torch.zeros(2, 6, 3, dtype=torch.bool)  # places of a static cache
+    static = SSMSlot(StaticLayer(9), StaticLayer(9))
+    assert torch.equal(real_positions(sees[:, None], 6, None), real)
+    assert torch.equal(real_positions(torch.cat([sees, free], -1)[:, None], 6, static), real)
+
+
 def test_another_models_cache_is_refused():
     teacher, student = tiny.language_model("phi"), hybrid("phi", (0, 2))
     ids = tiny.token_ids()
@@ -144,18 +153,6 @@ def test_another_models_cache_is_refused():
         cache = first(ids, use_cache=True).past_key_values
         with pytest.raises(WorkbenchError, match="start a new cache"):
             second(ids, past_key_values=cache)
-
-
-def test_what_takes_tokens_back_is_refused_by_generate():
-    with pytest.raises(ValueError, match="stateful"):
-        new_tokens(hybrid("phi", (0,)), tiny.token_ids(1), prompt_lookup_num_tokens=2)
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_an_empty_plan_changes_no_bit(family):
-    ids = tiny.token_ids()
-    teacher, student = tiny.language_model(family), hybrid(family, ())
-    assert torch.equal(teacher(ids).logits, student(ids).logits)
 
 
 def test_other_layers_and_the_teacher_stay_as_they_are():
@@ -186,7 +183,7 @@ def test_layers_differ_in_their_draw_and_a_student_is_made_alike_each_time():
     assert torch.equal(mixers(one)[2].A_log, mixers(other)[2].A_log)
 
 
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, "llava"])
+@pytest.mark.parametrize("family", ["phi-norms", "llava"])
 def test_save_and_load_change_no_bit(family, tmp_path):
     images = {}
     if family == "llava":
@@ -290,9 +287,6 @@ def test_bad_plans_and_options_are_refused_in_words():
         build_hybrid(hybrid("phi", (0,)), Plan(4, (1,)))
     with pytest.raises(WorkbenchError, match="no mixer option 'ropes'"):
         build_hybrid(teacher, Plan(4, (1,)), {"ropes": True})
-    teacher.config.model_type = "gpt2"
-    with pytest.raises(WorkbenchError, match="'gpt2' cannot be converted yet"):
-        build_hybrid(teacher, Plan(4, (1,)))
 
 
 def test_a_plan_shows_itself_and_round_trips():

@@ -3,14 +3,18 @@
 import copy
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+)
 
 from workbench.data import Sample, load_data
 from workbench.data.conversations import IGNORE, Encoder, TrainingBatches, pixels
@@ -55,9 +59,11 @@ def same(one, other):
 
 
 def stack(n_layers):
-    """All that choose_layers looks at: a model with so many layers."""
-    decoder = SimpleNamespace(layers=range(n_layers))
-    return VLM("stack", SimpleNamespace(get_decoder=lambda: decoder), None)
+    """All that choose_layers looks at: a family, and so many layers."""
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=n_layers))
+    return VLM("stack", model, None)
 
 
 @pytest.fixture(scope="module")

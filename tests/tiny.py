@@ -1,4 +1,4 @@
-"""Tiny random models of every family, and what it takes to feed them: no files, no hub."""
+"""Tiny random models, and what it takes to feed them: no files, no hub."""
 
 from pathlib import Path
 
@@ -26,7 +26,6 @@ N_LAYERS = 4
 IMAGE_SIZE, PATCH_SIZE = 16, 4
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:"]
 IMAGE_TOKEN = SPECIAL_TOKENS.index("<image>")
-FAMILIES = ("phi", "phi-norms", "llama", "qwen2")
 COMMON = {
     "vocab_size": 300,
     "hidden_size": 48,

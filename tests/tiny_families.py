@@ -23,14 +23,15 @@ WORDS = (5, 8)  # of two questions of different length
 SIZES = COMMON | {"num_attention_heads": 6, "num_key_value_heads": 3}
 WIDE = {"head_dim": 10}
 BIASED = {"attention_bias": True}
+TIED = {"tie_word_embeddings": True}
 SLIDING = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"] * 2}
 GEMMA = WIDE | SLIDING | {"query_pre_attn_scalar": 19}
 
 # What a language model's config says beside SIZES.
 LANGUAGE = {
     "cohere2": WIDE | SLIDING | BIASED,
-    "gemma": WIDE | BIASED,
-    "gemma2": GEMMA | BIASED,
+    "gemma": WIDE | BIASED | TIED,
+    "gemma2": GEMMA | BIASED | TIED,
     "gemma3_text": GEMMA,
     "granite": BIASED | {"attention_multiplier": 0.2},
     "llama": WIDE | BIASED,
@@ -155,7 +156,7 @@ def teacher(family: str) -> transformers.PreTrainedModel:
     """Build the family's tiny model; every test gets the same one, so it must not change it."""
     torch.manual_seed(0)
     if family in LANGUAGE:
-        config = CONFIG_MAPPING[family](**SIZES, **LANGUAGE[family])
+        config = CONFIG_MAPPING[family](**SIZES | LANGUAGE[family])
         model_class = LANGUAGE_MODELS[family].model_class
     else:
         row = VISION_LANGUAGE[family]
