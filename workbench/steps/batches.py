@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from workbench.data import Sample
+from workbench.data import Sample, Texts
 from workbench.data.conversations import IGNORE
 from workbench.errors import WorkbenchError
 from workbench.models.generation import build_prompt
@@ -21,11 +21,14 @@ Batch = Mapping[str, Tensor]
 def as_batches(vlm: VLM, data: Iterable, *, batch_size: int, seed: int) -> Iterator[Batch]:
     """Batches of samples, shuffled anew each time round, or ready batches in their own order.
 
-    They are endless, but for ready batches from an iterator, which end when it does.
+    Texts are packed into sequences. All are endless, but for ready batches from an iterator, which
+    end when it does.
 
     Raises:
         WorkbenchError: samples that are none, or an iterator over samples.
     """
+    if isinstance(data, Texts):
+        data = data.batches(vlm.tokenizer, batch_size=batch_size, seed=seed)
     if not isinstance(data, Sequence):
         yield from (ready_batch(vlm, batch) for batch in data)
         return
