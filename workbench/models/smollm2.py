@@ -5,6 +5,8 @@ never imported. They are four-bit, and come out as an ordinary Llama of whatever
 """
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -71,22 +73,42 @@ def read_gguf(
     Raises:
         WorkbenchError: gguf is not installed, or the file is not such a model.
     """
+    facts, tensors = _parsed(path)
+    with _damage_said(path):
+        tokenizer, config = _tokenizer(facts), _config(facts, tensors)
+        model = LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=_weights(tensors, config), dtype=dtype
+        )
+    return model.eval(), tokenizer
+
+
+def read_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """Read only the tokenizer of a file that `read_gguf` reads."""
+    facts, _ = _parsed(path)
+    with _damage_said(path):
+        return _tokenizer(facts)
+
+
+def _parsed(path: str | Path) -> tuple[dict, list]:
+    """The facts that a GGUF file tells of its model, and its tensors as they are stored."""
     if importlib.util.find_spec("gguf") is None:
         raise WorkbenchError(f"Reading GGUF files needs the package gguf: {HOW_TO_GET_IT}.")
     from gguf import GGUFReader
 
-    try:
+    with _damage_said(path):
         reader = GGUFReader(path)
         facts = {name: field.contents() for name, field in reader.fields.items()}
         if facts["general.architecture"] != "llama":
             raise ValueError(f"its architecture is {facts['general.architecture']!r}, not llama")
-        tokenizer, config = _tokenizer(facts), _config(facts, reader.tensors)
-        model = LlamaForCausalLM.from_pretrained(
-            None, config=config, state_dict=_weights(reader.tensors, config), dtype=dtype
-        )
+        return facts, reader.tensors
+
+
+@contextmanager
+def _damage_said(path: str | Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
         raise WorkbenchError(f"The GGUF file {path} cannot be read: {error}.") from error
-    return model.eval(), tokenizer
 
 
 def _config(facts: dict, tensors: list) -> LlamaConfig:
