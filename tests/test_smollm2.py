@@ -1,5 +1,6 @@
 """SmolLM2 as a teacher, by a miniature GGUF file; with the package, by the real one."""
 
+import argparse
 import json
 
 import numpy as np
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import workbench as wb
+from benchmarks.smollm2 import prompts, train_hybrids
+from workbench.data.text import TokenIds
 from workbench.models import smollm2
 from workbench.models.delta import load_delta, save_delta
 from workbench.models.hybrid import build_hybrid, mixers
@@ -85,7 +88,8 @@ def test_a_gguf_file_becomes_an_ordinary_llama(tmp_path, tied):
         assert torch.allclose(again(input_ids=ids).logits, model(input_ids=ids).logits)
     assert not again.training
     assert tokenizer("which bar")["input_ids"] == tiny.tokenizer()("which bar")["input_ids"]
-    assert tokenizer.eos_token == "</s>" and tokenizer.chat_template == CHAT
+    assert tokenizer.eos_token == "</s>"
+    assert tokenizer.chat_template == CHAT
     again.save_pretrained(tmp_path / "saved")  # which a model that is marked as quantised refuses
     low, _ = smollm2.read_gguf(tmp_path / "a.gguf", dtype=torch.bfloat16)
     assert low.dtype == torch.bfloat16
@@ -124,13 +128,16 @@ def test_a_hybrid_is_its_delta_on_the_teacher(tmp_path, monkeypatch):
     with pytest.raises(wb.WorkbenchError, match="do not come with this copy"):
         wb.load("smollm2-135m-25")
     teacher = wb.load_teacher("smollm2-135m")
-    assert teacher.name == "smollm2-135m" and teacher.plan is None
+    assert teacher.name == "smollm2-135m"
+    assert teacher.plan is None
     student = wb.convert(teacher, Plan(tiny.N_LAYERS, (0,)))
     save_delta(student.model, teacher.model, tmp_path / "hybrid-25", bits=8)
     again = wb.load("smollm2-135m-25")
-    assert again.name == "smollm2-135m-25" and again.plan.mamba_layers == (0,)
+    assert again.name == "smollm2-135m-25"
+    assert again.plan.mamba_layers == (0,)
     said = wb.answer(again, [], "which bar", max_new_tokens=3)
-    assert said.ssm_bytes > 0 and said.kv_bytes > 0
+    assert said.ssm_bytes > 0
+    assert said.kv_bytes > 0
     with pytest.raises(wb.WorkbenchError, match="reads text only"):
         wb.answer(again, [tiny.image()], "which bar")
 
@@ -169,7 +176,7 @@ def test_eight_bits_round_a_change_by_at_most_half_a_step(tmp_path, changed):
                 assert error.max() < 3e-5
         else:
             assert error.max() == 0, name
-    assert matrices == 2 * 6  # q, k, v, o, z and dt
+    assert matrices == 2 * 6  # q, k, v, o, z, dt
     eight = (tmp_path / "delta.safetensors").stat().st_size
     save_delta(student, teacher, tmp_path / "whole")
     assert eight < 0.5 * (tmp_path / "whole" / "delta.safetensors").stat().st_size
@@ -215,3 +222,68 @@ def test_the_real_model_knows_a_capital():
     assert isinstance(teacher, VLM)
     words = teacher.tokenizer.convert_ids_to_tokens(teacher.tokenizer("in  1234")["input_ids"])
     assert words == ["in", "ĠĠ", "1", "2", "3", "4"]
+
+
+# The benchmarks
+
+
+def test_the_training_script_makes_a_hybrid_and_scores_it(tmp_path, monkeypatch, capsys):
+    path = write_gguf(tmp_path / "a.gguf", small_llama())
+    ids = np.random.default_rng(0).integers(6, 290, 3000).astype(np.uint16)
+    ids[::300] = 2
+    np.save(tmp_path / "tokens.npy", ids)
+    asked = ["which bar", "how many", "which colour is the bar", "the tallest", "and"]
+    (tmp_path / "prompts.json").write_text(json.dumps(asked))
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "a.txt").write_text("which colour is the tallest bar " * 8)
+    options = {
+        "corpus": tmp_path, "gguf": path, "heldout": tmp_path / "held", "out": tmp_path / "out",
+        "steps": 2, "batch": 4, "context": 32, "chat-share": 0.5, "answer-tokens": 5,
+        "chat-batch": 2, "log-every": 1,
+    }  # fmt: skip
+    line = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", ["train_hybrids", "25:1", "50:1", *line])
+    train_hybrids.main()
+    for share, n in (("25", 1), ("50", 2)):
+        folder = tmp_path / "out" / f"hybrid-{share}"
+        assert {file.name for file in folder.iterdir()} == {
+            "delta.safetensors", "plan.json", "curve.json",
+        }  # fmt: skip
+        assert len(json.loads((folder / "plan.json").read_text())["plan"]["mamba_layers"]) == n
+        assert len(json.loads((folder / "curve.json").read_text())["rows"]) == 2
+    results = json.loads((tmp_path / "out" / "perplexity.json").read_text())
+    assert [row["model"] for row in results] == [
+        "smollm2-135m", "smollm2-135m-25", "smollm2-135m-50",
+    ]  # fmt: skip
+    assert str(tmp_path) not in (folder / "curve.json").read_text()
+    assert "smollm2-135m-50 on held: perplexity" in capsys.readouterr().out
+
+
+def test_a_mixture_holds_text_and_chats_in_their_shares(tmp_path):
+    tokens = TokenIds(np.arange(100, 400), np.array([0]))
+    chats = TokenIds(np.arange(1, 21), np.array([0, 10]), np.arange(20) % 10 > 5)
+    args = argparse.Namespace(chat_share=0.25, batch=4, context=10, seed=0)
+    batch = next(iter(train_hybrids.Mixture(tokens, chats, args)))
+    assert batch["input_ids"].shape == (4, 10)
+    assert (batch["input_ids"][:3] >= 100).all()
+    assert (batch["labels"][:3] == batch["input_ids"][:3]).all()
+    assert (batch["labels"][3] != -100).sum() == 4
+
+
+def test_prompts_are_many_and_varied(tmp_path):
+    lines = [
+        f"{i:08d} {file} n 01 {word} 0 000 | a thing"
+        for i, (word, file) in enumerate(
+            (f"{stem}{kind}", file)
+            for kind, (file, _) in prompts.ASKING.items()
+            for stem in ("big", "small", "old")
+        )
+    ]
+    (tmp_path / "data.noun").write_text("\n".join(["  1 licence", *lines]))
+    index = [f"{line.split()[4]} n 1 1 @ 1 1 {line.split()[0]}" for line in lines]
+    (tmp_path / "index.noun").write_text("\n".join(["  1 licence", *index]))
+    asked = prompts.write_prompts(tmp_path, n=200, seed=0)
+    assert len(set(asked)) == 200
+    assert asked == prompts.write_prompts(tmp_path, n=200, seed=0)
+    assert asked != prompts.write_prompts(tmp_path, n=200, seed=1)
+    assert prompts.common_nouns(tmp_path, "05") == ["biganimal", "smallanimal", "oldanimal"]

@@ -11,13 +11,16 @@ from pathlib import Path
 
 Documents = Iterator[tuple[str, str]]  # (name, text)
 
-BLOCKS = set(
-    "p div section article h1 h2 h3 h4 h5 h6 li dt dd tr pre blockquote br table title".split()
-)
-SKIPPED = set("script style nav header footer head form button select svg".split())
+BLOCKS = {
+    "p", "div", "section", "article", "h1", "h2", "h3", "h4", "h5", "h6", "li", "dt", "dd", "tr",
+    "pre", "blockquote", "br", "table", "title",
+}  # fmt: skip
+SKIPPED = {
+    "script", "style", "nav", "header", "footer", "head", "form", "button", "select", "svg",
+}  # fmt: skip
 # Navigation that is marked by class only.
 FURNITURE = re.compile(
-    r"navheader|navfooter|sidebar|related|breadcrumb|toc\b|headerlink|menu|docnav|nosearch|fancy"
+    r"navheader|navfooter|sidebar|related|breadcrumb|toc\b|headerlink|menu|docnav|nosearch"
 )
 
 
@@ -48,7 +51,8 @@ class _Html(HTMLParser):
         if tag in ("br", "img", "hr", "meta", "link", "input", "col", "p", "li", "dt", "dd"):
             return  # never closed, or not for sure
         classes = " ".join(value or "" for name, value in attributes if name in ("class", "id"))
-        skip = self.skipping or tag in SKIPPED or bool(FURNITURE.search(classes))
+        furniture = tag not in ("html", "body") and FURNITURE.search(classes)
+        skip = self.skipping or tag in SKIPPED or bool(furniture)
         self.open.append((tag, skip))
         self.pre += tag == "pre"
 
@@ -87,8 +91,8 @@ def plain(path: Path) -> Documents:
 
 def rst(path: Path) -> Documents:
     """Sphinx sources without index entries, labels and the names of roles."""
-    text = re.sub(r"^\.\. (index|_|sectionauthor|moduleauthor|module|currentmodule).*\n(?:[ ]{3,}.*\n)*",
-                  "", content(path), flags=re.M)  # fmt: skip
+    unseen = r"index|_|sectionauthor|moduleauthor|module|currentmodule"
+    text = re.sub(rf"^\.\. ({unseen}).*\n(?: {{3,}}.*\n)*", "", content(path), flags=re.M)
     text = re.sub(r":[a-z:+-]+:`~?([^`<]+?)(?: <[^`>]+>)?`", r"\1", text)
     yield path.name, tidy(text.replace("``", "`"))
 
