@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import workbench as wb
-from benchmarks.smollm2 import prompts, train_hybrids
+from benchmarks.smollm2 import corpus, evaluate, prompts, readers, sources, train_hybrids
 from workbench.data.text import TokenIds
 from workbench.models import smollm2
 from workbench.models.delta import load_delta, save_delta
@@ -287,3 +287,70 @@ def test_prompts_are_many_and_varied(tmp_path):
     assert asked == prompts.write_prompts(tmp_path, n=200, seed=0)
     assert asked != prompts.write_prompts(tmp_path, n=200, seed=1)
     assert prompts.common_nouns(tmp_path, "05") == ["biganimal", "smallanimal", "oldanimal"]
+
+
+def test_the_evaluation_puts_all_models_side_by_side(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "a.gguf", small_llama())
+    model, _ = smollm2.read_gguf(path)
+    save_delta(build_hybrid(model, Plan(4, (0,))), model, tmp_path / "hybrid-25", bits=8)
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "a.jsonl").write_text('{"text": "which bar", "kind": "bars"}\n"and how"')
+    options = {
+        "gguf": path, "hybrids": tmp_path, "heldout": tmp_path / "held", "context": 32,
+        "answer-tokens": 3, "out": tmp_path / "report",
+    }  # fmt: skip
+    line = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", ["evaluate", *line])
+    evaluate.main()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["chats"]) == ["smollm2-135m", "smollm2-135m-25"]
+    assert all(len(said) == 5 for said in report["chats"].values())
+    written = (tmp_path / "report.md").read_text()
+    assert "| perplexity | tokens | smollm2-135m | smollm2-135m-25 |" in written
+    assert "| bars |" in written
+    assert written.count("### ") == 5
+
+
+def test_readers_turn_markup_into_plain_text(tmp_path):
+    page = (
+        "<html class='sidebar-visible'><head><title>no</title></head><body><nav>no</nav>"
+        "<div class='navheader'>no<br>no</div><h1>Yes</h1><p>one\n two &amp; three"
+        "<ul><li>four<li>five</ul><pre>a\n  b</pre><script>no</script></body></html>"
+    )
+    (tmp_path / "a.html").write_text(page)
+    ((name, text),) = readers.html(tmp_path / "a.html")
+    assert name == "a.html"
+    assert "no" not in text.split()
+    assert "one two & three" in text
+    assert "a\n  b" in text
+    (tmp_path / "b.pod").write_text("=head1 NAME\n\nB<bold> and C<< $a->b >> L<see|perl> E<lt>\n")
+    ((_, text),) = readers.pod(tmp_path / "b.pod")
+    assert text == "NAME\n\nbold and $a->b perl <"
+    (tmp_path / "c.rst").write_text(
+        ".. index:: no\n   no\n\n:func:`open` and :ref:`a page <x>`, ``b``\n"
+    )
+    ((_, text),) = readers.rst(tmp_path / "c.rst")
+    assert text == "open and a page, `b`"
+
+
+def test_held_out_text_is_kept_out_of_the_training_text():
+    source = sources.SOURCES[0]
+    words = " ".join(f"word{i}" for i in range(30))
+    held = {"python": [{"text": f"before it {words} after it"}]}
+    clean = "Quite another paragraph that says nothing of the kind. " * 10
+    rest = [
+        (source, "a", f"{clean}\n\n{words.upper()}!\n\nThe end, {clean}"),
+        (source, "b", f"{clean}\n\nThe end, {clean}"),  # the same again
+        (source, "c", "too short"),
+    ]
+    report = {}
+    (text,) = corpus.training_texts(held, rest, report)
+    assert "WORD" not in text
+    assert text.startswith(clean.strip())
+    assert report["python3.11-doc"]["documents"] == 1
+
+
+def test_the_held_out_text_is_there_and_small():
+    texts = wb.load_data(str(corpus.HELDOUT))
+    assert set(texts.kinds) == {"licence", "manual", "perl", "prose", "python", "wordnet"}
+    assert sum(len(document.text) for document in texts) < 1e6

@@ -73,9 +73,9 @@ class _Html(HTMLParser):
 
 
 def tidy(text: str) -> str:
-    """No blanks at the ends of lines, no more than one empty line, no pilcrows after headings."""
+    """No blanks around lines but where they indent, one empty line at most, and no pilcrows."""
     text = re.sub(r"[ \t\xa0]+\n", "\n", text.replace("\r", "").replace("¶", ""))
-    text = re.sub(r"\n +(?=\S)(?! )", "\n", text) if "\n    " not in text else text
+    text = re.sub(r"\n (?=\S)", "\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
@@ -102,9 +102,10 @@ def pod(path: Path) -> Documents:
     text = content(path)
     text = re.sub(r"^=(?:head\d|item|for|encoding|begin)\s*", "", text, flags=re.M)
     text = re.sub(r"^=(?:over|back|cut|pod|end).*$", "", text, flags=re.M)
+    text = re.sub(r"[BCFIL]<<+ (.*?) >>+", r"\1", text)
     for _ in range(3):  # they may be nested
         text = re.sub(r"L<(?:[^<>|]*\|)?([^<>]*)>", r"\1", text)
-        text = re.sub(r"[BCFISXZ]<{1,2} ?([^<>]*?) ?>{1,2}", r"\1", text)
+        text = re.sub(r"[BCFISXZ]<([^<>]*)>", r"\1", text)
     yield path.name, tidy(text.replace("E<gt>", ">").replace("E<lt>", "<"))
 
 
@@ -124,13 +125,18 @@ def story(path: Path) -> Documents:
     yield f"{path.parent.parent.name}/{path.name}", "\n\n".join(line for line in lines if line)
 
 
-def dictionary(path: Path) -> Documents:
-    """A dictionary for dictd, forty entries a document."""
-    entries = re.split(r"\n(?=\S)", content(path))[10:]  # the first ones are about the file
+def dictionary(path: Path, before_entry: str = r"\n(?=\S)") -> Documents:
+    """A dictionary for dictd, forty entries a document; what is not indented begins an entry."""
+    entries = re.split(before_entry, content(path))[10:]  # the first ones are about the file
     entries = [re.sub(r"\{([^}]*)\}", r"\1", entry).rstrip() for entry in entries]
     entries = [entry for entry in entries if len(entry) > 60]
     for start in range(0, len(entries), 40):
         yield f"{path.stem}/{start}", "\n\n".join(entries[start : start + 40])
+
+
+def devils_dictionary(path: Path) -> Documents:
+    """Ambrose Bierce's, which indents verses only: an entry begins with a word in capitals."""
+    return dictionary(path, before_entry=r"\n\s*\n(?=[A-Z][A-Z' -]+[,.])")
 
 
 def glosses(path: Path) -> Documents:

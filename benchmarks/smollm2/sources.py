@@ -54,7 +54,7 @@ SOURCES = (
            _doc("postgresql-doc-15", "html/*.html"), "PostgreSQL", 5, 40_000),
     Source("sqlite3-doc", "manual", readers.html,
            ("usr/share/doc/sqlite3/*.html",), "public domain", 5, 40_000),
-    Source("dict-devil", "prose", readers.dictionary, ("usr/share/dictd/*.dz",),
+    Source("dict-devil", "prose", readers.devils_dictionary, ("usr/share/dictd/*.dz",),
            "public domain", 1, 60_000),
     Source("dict-jargon", "prose", readers.dictionary, ("usr/share/dictd/*.dz",),
            "public domain", 2, 60_000),

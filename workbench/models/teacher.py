@@ -151,7 +151,8 @@ def _load_smollm2(name: str, device: torch.device, dtype: torch.dtype) -> VLM:
         )
     path = smollm2.find_gguf()
     if path is not None:
-        model, tokenizer = smollm2.read_gguf(path, dtype=dtype)
+        with _no_progress_bar():
+            model, tokenizer = smollm2.read_gguf(path, dtype=dtype)
         teacher = VLM(smollm2.TEACHER, model.to(device), tokenizer)
     else:
         try:
