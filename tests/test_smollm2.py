@@ -272,16 +272,12 @@ def test_a_mixture_holds_text_and_chats_in_their_shares(tmp_path):
 
 def test_prompts_are_many_and_varied(tmp_path):
     lines = [
-        f"{i:08d} {file} n 01 {word} 0 000 | a thing"
-        for i, (word, file) in enumerate(
-            (f"{stem}{kind}", file)
-            for kind, (file, _) in prompts.ASKING.items()
-            for stem in ("big", "small", "old")
-        )
+        f"{stem}{kind}%1:{file}:00:: 00001740 1 {n_seen}"
+        for kind, (file, _) in prompts.ASKING.items()
+        for stem, n_seen in (("big", 9), ("small", 2), ("old", 5), ("rare", 0))
     ]
-    (tmp_path / "data.noun").write_text("\n".join(["  1 licence", *lines]))
-    index = [f"{line.split()[4]} n 1 1 @ 1 1 {line.split()[0]}" for line in lines]
-    (tmp_path / "index.noun").write_text("\n".join(["  1 licence", *index]))
+    lines.append("bigverb%2:05:00:: 00001740 1 9")
+    (tmp_path / "index.sense").write_text("\n".join(lines))
     asked = prompts.write_prompts(tmp_path, n=200, seed=0)
     assert len(set(asked)) == 200
     assert asked == prompts.write_prompts(tmp_path, n=200, seed=0)

@@ -69,22 +69,14 @@ SUMS = (
 
 
 def common_nouns(folder: Path, file: str) -> list[str]:
-    """Single words whose first sense stands in a lexicographer file and was seen in real text."""
-    of_file = {}
-    for line in (folder / "data.noun").read_text().splitlines():
-        if not line.startswith("  "):
-            offset, lexicographer = line.split(" ", 2)[:2]
-            of_file[offset] = lexicographer
+    """Single words whose first sense stands in a lexicographer file and is met in real text."""
     nouns = []
-    for line in (folder / "index.noun").read_text().splitlines():
-        if line.startswith("  "):
-            continue
-        lemma, _, senses, n_pointers, *rest = line.split()
-        seen = int(rest[int(n_pointers) + 1])
-        if seen and lemma.isalpha() and 3 <= len(lemma) <= 12:
-            first = rest[-int(senses)]
-            if of_file[first] == file:
-                nouns.append(lemma)
+    for line in (folder / "index.sense").read_text().splitlines():
+        key, _, number, n_seen = line.split()
+        lemma, _, sense = key.partition("%")
+        of_noun = sense.startswith(f"1:{file}:") and number == "1"
+        if of_noun and int(n_seen) >= 2 and lemma.isalpha() and 3 <= len(lemma) <= 12:
+            nouns.append(lemma)
     return nouns
 
 
