@@ -293,7 +293,7 @@ def test_the_evaluation_puts_all_models_side_by_side(tmp_path, monkeypatch):
     (tmp_path / "held" / "a.jsonl").write_text('{"text": "which bar", "kind": "bars"}\n"and how"')
     options = {
         "gguf": path, "hybrids": tmp_path, "heldout": tmp_path / "held", "context": 32,
-        "answer-tokens": 3, "out": tmp_path / "report",
+        "answer-tokens": 3, "characters": 6, "out": tmp_path / "report",
     }  # fmt: skip
     line = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     monkeypatch.setattr("sys.argv", ["evaluate", *line])
