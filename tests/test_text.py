@@ -222,6 +222,11 @@ def test_perplexity_takes_strings_and_paths_and_tells_its_progress(tmp_path):
     assert told[-1][0] == told[-1][1]
 
 
+def test_text_asks_nothing():
+    with pytest.raises(wb.WorkbenchError, match=r"use wb\.perplexity"):
+        wb.evaluate(language_vlm(), Texts("mine", ["the bar"]))
+
+
 def test_what_cannot_be_scored_is_said():
     vlm = language_vlm()
     with pytest.raises(wb.WorkbenchError, match="takes 2 to 256"):
