@@ -113,6 +113,7 @@ def test_ids_come_from_a_file_of_two_bytes_each(tmp_path):
     assert isinstance(tokens.ids, np.memmap)
     batch = TextBatches(tokens, batch_size=1, context=8).batch(0)
     assert sorted(batch["input_ids"][0].tolist()) == [0, 0, 0, 2, 2, 5, 6, 7]
+    assert batch["real"][0].tolist() == [True] * 5 + [False] * 3
     np.save(tmp_path / "ids.npy", np.zeros((2, 2)))
     with pytest.raises(wb.WorkbenchError, match="not a row of token ids"):
         read_ids(tmp_path / "ids.npy", end=2)
@@ -168,7 +169,7 @@ def test_sizes_that_hold_nothing_are_refused(sizes):
 def test_a_language_model_is_distilled_on_text(tmp_path):
     (tmp_path / "a.txt").write_text("which colour is the tallest bar " * 40)
     texts = wb.load_data(str(tmp_path / "a.txt"))
-    texts.context = 32
+    assert texts.context == 1024  # more than the 256 positions of the teacher
     teacher = language_vlm()
     student = wb.convert(teacher, wb.choose_layers(teacher, ratio=0.5))
     run = wb.distill(student, teacher, texts, steps=6, batch_size=2)

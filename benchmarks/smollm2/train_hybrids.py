@@ -88,7 +88,7 @@ def steps_in(
     seconds: float, teacher: wb.VLM, plan: wb.Plan, data: Mixture, args: argparse.Namespace
 ) -> int:
     """How many steps fit, by the last steps of a throw-away student, whose time counts, too."""
-    student = wb.convert(teacher, plan, init=args.init)
+    student = wb.convert(teacher, plan, init=args.init, calibration=data)
     run = distilled(student, teacher, data, args, steps=WARM_UP + TIMED, log_every=TIMED)
     step_seconds = (run.rows[-1].seconds - run.rows[-2].seconds) / TIMED
     steps = max(1, int((seconds - run.seconds) / step_seconds))
@@ -103,7 +103,10 @@ def train_hybrid(
     """Convert, distil, save."""
     plan = wb.choose_layers(teacher, ratio=percent / 100)
     steps = args.steps or steps_in(seconds, teacher, plan, data, args)
-    student = wb.convert(teacher, plan, init=args.init, seed=args.seed)
+    student = wb.convert(
+        teacher, plan, init=args.init, calibration=data, seed=args.seed,
+        name=f"{teacher.name}-{percent:g}",
+    )  # fmt: skip
     run = distilled(
         student, teacher, data, args, steps=steps, log_every=args.log_every,
         on_step=lambda row: print(f"{percent} {row}", flush=True),

@@ -50,10 +50,13 @@ class Texts(Sequence[Document]):
         """Every kind of document, in the order in which they come."""
         return tuple(dict.fromkeys(document.kind for document in self))
 
-    def batches(self, tokenizer: object, *, batch_size: int, seed: int = 0) -> TextBatches:
-        """Endless training batches of these documents, `context` tokens a sequence."""
+    def batches(
+        self, tokenizer: object, *, batch_size: int, seed: int = 0, most: int | None = None
+    ) -> TextBatches:
+        """Endless training batches, `context` tokens a sequence or at most `most`."""
         tokens = encode_documents(tokenizer, [document.text for document in self])
-        return TextBatches(tokens, batch_size=batch_size, context=self.context, seed=seed)
+        context = min(self.context, most or self.context)
+        return TextBatches(tokens, batch_size=batch_size, context=context, seed=seed)
 
     def __str__(self) -> str:
         n = sum(len(document.text) for document in self)
@@ -173,8 +176,9 @@ class TextBatches:
     """Endless batches of packed text; batch `number` is always the same one for a seed.
 
     Each is a dict of `input_ids` and `labels` (batch_size, context) int64, right-padded with id 0
-    and `IGNORE`, which a causal model may read without a mask. Every token is learnt, or with
-    `is_answer` those of answers. Sequences come in a new order each time round.
+    and `IGNORE`, which a causal model may read without a mask; `real` (batch_size, context) bool
+    tells what is no padding. Every token is learnt, or with `is_answer` those of answers. Sequences
+    come in a new order each time round.
 
     Args:
         tokens: the documents.
@@ -203,9 +207,9 @@ class TextBatches:
             number += 1
 
     def batch(self, number: int) -> dict[str, torch.Tensor]:
-        """Batch `number` as (batch_size, context) `input_ids` and `labels`."""
+        """Batch `number` as (batch_size, context) `input_ids`, `labels` and `real`."""
         ids = np.zeros((self.batch_size, self.context), np.int64)
-        labels = np.full_like(ids, IGNORE)
+        labels, real = np.full_like(ids, IGNORE), np.zeros(ids.shape, bool)
         for row in range(self.batch_size):
             at = 0
             for start, stop in self._sequence(number * self.batch_size + row):
@@ -216,7 +220,9 @@ class TextBatches:
                     learnt = np.where(self.tokens.is_answer[start:stop], learnt, IGNORE)
                 labels[row, place] = learnt
                 at = place.stop
-        return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+            real[row, :at] = True
+        arrays = {"input_ids": ids, "labels": labels, "real": real}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _sequence(self, place: int) -> list[tuple[int, int]]:
         """The pieces of the sequence at a place in the endless row of them."""

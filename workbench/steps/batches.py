@@ -12,7 +12,7 @@ from torch import Tensor
 from workbench.data import Sample, Texts
 from workbench.data.conversations import IGNORE
 from workbench.errors import WorkbenchError
-from workbench.models.generation import build_prompt
+from workbench.models.generation import build_prompt, position_limit
 from workbench.models.teacher import VLM
 
 Batch = Mapping[str, Tensor]
@@ -28,7 +28,8 @@ def as_batches(vlm: VLM, data: Iterable, *, batch_size: int, seed: int) -> Itera
         WorkbenchError: samples that are none, or an iterator over samples.
     """
     if isinstance(data, Texts):
-        data = data.batches(vlm.tokenizer, batch_size=batch_size, seed=seed)
+        limit = position_limit(vlm)
+        data = data.batches(vlm.tokenizer, batch_size=batch_size, seed=seed, most=limit)
     if not isinstance(data, Sequence):
         yield from (ready_batch(vlm, batch) for batch in data)
         return
