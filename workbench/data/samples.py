@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from workbench.data import easy_vqa
 from workbench.data.scenes import FAMILIES, SPLITS, UNSEEN_FAMILIES, Scene, make_scene, share_right
 from workbench.data.scenes.scene import Fact
+from workbench.data.text import SUFFIXES, Texts, load_texts
 from workbench.errors import WorkbenchError
 
 SAMPLES_PER_FAMILY = {"train": 10_000, "test": 250, "unseen": 250}
@@ -61,18 +63,19 @@ class Dataset(Sequence[Sample]):
 
 def load_data(
     name: str = "pocket", *, split: str = "test", limit: int | None = None, seed: int = 0
-) -> Dataset:
-    """A data set by name.
+) -> Dataset | Texts:
+    """A data set by name, or the texts in a file or folder.
 
     Args:
-        name: "pocket" (generated graphics, eight families) or "easy-vqa" (the PyPI package).
+        name: "pocket" (generated graphics, eight families), "easy-vqa" (the PyPI package), or the
+            path of a .txt or .jsonl file or of a folder with such files, which have no splits.
         split: "train", "test", or for "pocket" also "unseen": drawings, flags and words that no
             model of the workbench was ever trained on.
         limit: at most this many samples; None for all.
         seed: another world of generated scenes; easy-VQA is shuffled by it.
 
     Returns:
-        A `Dataset`; samples are made lazily.
+        A `Dataset`, whose samples are made lazily, or `Texts`.
 
     Raises:
         WorkbenchError: an unknown name or split, or a limit below 1.
@@ -85,7 +88,13 @@ def load_data(
         return _pocket(split, limit, seed)
     if name == "easy-vqa":
         return _easy_vqa(split, limit, seed)
-    raise WorkbenchError(f"There is no data set named {name!r}. Choose 'pocket' or 'easy-vqa'.")
+    path = Path(name).expanduser()
+    if path.is_dir() or path.suffix in SUFFIXES:
+        return load_texts(path, limit=limit)
+    raise WorkbenchError(
+        f"There is no data set named {name!r}. Choose 'pocket' or 'easy-vqa', "
+        "or give a .txt or .jsonl file."
+    )
 
 
 def sample_from(scene: Scene, turn: int, family: str) -> Sample:

@@ -16,6 +16,7 @@ from workbench.models.hybrid import build_hybrid, plan_of
 from workbench.models.plan import Plan
 
 WEIGHTS, PLAN = "delta.safetensors", "plan.json"
+SCALE = ".row_scale"  # beside a matrix of int8: what one unit of each row is worth
 
 
 def save_delta(
@@ -24,6 +25,7 @@ def save_delta(
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    bits: int | None = None,
 ) -> Path:
     """Write the tensors of a hybrid that its teacher does not have, or has with other values.
 
@@ -32,22 +34,30 @@ def save_delta(
         teacher: the model that it was built from.
         folder: made if it is not there.
         dtype: of the stored tensors; None keeps the student's. A_log, dt_bias and D stay float32.
+        bits: 8 stores matrices as int8 with a scale for each row: of the difference where the
+            teacher has the matrix, too, so that its rounding error is at most 1/254 of the row's
+            largest *change*, and of the values where it is new.
 
     Returns:
         The folder.
 
     Raises:
-        WorkbenchError: the student is not a hybrid.
+        WorkbenchError: the student is not a hybrid, or bits is neither 8 nor None.
     """
+    if bits not in (None, 8):
+        raise WorkbenchError(f"bits={bits} is not to be had: choose 8, or None for whole floats.")
     plan = plan_of(student)
     if plan is None:
         raise WorkbenchError("Only a hybrid can be stored as a difference from its teacher.")
     before = teacher.state_dict()
-    changed = {
-        name: _stored(name, tensor, dtype)
-        for name, tensor in student.state_dict().items()
-        if name not in before or not _same(tensor, before[name])
-    }
+    changed: dict[str, Tensor] = {}
+    for name, tensor in student.state_dict().items():
+        if name in before and _same(tensor, before[name]):
+            continue
+        if bits == 8 and tensor.ndim == 2:
+            changed[name], changed[name + SCALE] = _in_int8(tensor, before.get(name))
+        else:
+            changed[name] = _stored(name, tensor, dtype)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(changed, folder / WEIGHTS, metadata={"format": "pt"})
@@ -80,6 +90,7 @@ def load_delta(teacher: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     except (json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
         raise WorkbenchError(f"The hybrid in {folder} cannot be read: {error}.") from error
     student = build_hybrid(teacher, plan, options)
+    changed = _in_floats(folder, changed, teacher.state_dict())
     student_tensors = student.state_dict()
     _check_fit(
         folder, changed, student_tensors, student_tensors.keys() - teacher.state_dict().keys()
@@ -106,6 +117,38 @@ def _check_fit(
                 f"{where}: {name!r} has shape {tuple(tensor.shape)}, "
                 f"not {tuple(expected[name].shape)}."
             )
+
+
+def _in_int8(tensor: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Round a (rows, columns) matrix, less the teacher's where it has one, to 255 steps a row.
+
+    Returns:
+        (rows, columns) int8 and (rows,) float32, whose product is the matrix again.
+    """
+    values = tensor.detach().float().cpu()
+    if before is not None:
+        values = values - before.detach().float().cpu()
+    scale = (values.abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (values / scale[:, None]).round().to(torch.int8), scale
+
+
+def _in_floats(folder: Path, stored: dict[str, Tensor], before: dict[str, Tensor]) -> dict:
+    """Undo `_in_int8` for every matrix of int8 among the stored tensors."""
+    values = {name: t for name, t in stored.items() if not name.endswith(SCALE)}
+    for name, tensor in values.items():
+        if tensor.dtype != torch.int8:
+            continue
+        scale = stored.get(name + SCALE)
+        if scale is None or scale.shape != tensor.shape[:1]:
+            raise WorkbenchError(
+                f"The weights in {folder / WEIGHTS} cannot be read: "
+                f"{name!r} is of int8 and has no scale for each row."
+            )
+        whole = tensor.float() * scale[:, None]
+        if name in before and before[name].shape == whole.shape:
+            whole += before[name].detach().float().cpu()
+        values[name] = whole
+    return values
 
 
 def _same(tensor: Tensor, before: Tensor) -> bool:

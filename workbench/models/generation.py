@@ -62,6 +62,11 @@ class Answer:
         return asdict(self) | {"cache_bytes": self.cache_bytes}
 
 
+def sees(vlm: VLM) -> bool:
+    """Tell whether a model takes pictures, or reads text only."""
+    return hasattr(vlm.processor, "image_processor")
+
+
 def build_prompt(vlm: VLM, n_images: int, question: str) -> str:
     """Write the text that the model reads, with the chat template where the model has one.
 
@@ -75,16 +80,16 @@ def build_prompt(vlm: VLM, n_images: int, question: str) -> str:
     """
     if not isinstance(question, str) or not question.strip():
         raise WorkbenchError("The question is empty; ask something.")
-    sees = hasattr(vlm.processor, "image_processor")
-    if n_images and not sees:
+    seeing = sees(vlm)
+    if n_images and not seeing:
         raise WorkbenchError(f"{vlm.name} reads text only; ask it without pictures.")
     token = getattr(vlm.processor, "image_token", None) or "<image>"
-    if sees and token in question:
+    if seeing and token in question:
         raise WorkbenchError(
             f"The question contains {token!r}, which stands for a picture; leave it out."
         )
     written = f"{token}\n" * n_images + question
-    if sees and vlm.processor.chat_template:
+    if seeing and vlm.processor.chat_template:
         writer = vlm.processor
         written = [{"type": "image"}] * n_images + [{"type": "text", "text": question}]
     elif vlm.tokenizer.chat_template:

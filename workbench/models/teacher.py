@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from workbench.errors import WorkbenchError
+from workbench.models import smollm2
 from workbench.models.delta import load_delta
 from workbench.models.families import decoder_layers, family_name
 from workbench.models.hybrid import plan_of
@@ -67,8 +68,9 @@ def load_teacher(
     """Load a model that is not a hybrid.
 
     Args:
-        name_or_path: "pocket", which comes with the package; a folder written by `save` or
-            `save_pretrained`; or a Hugging Face id such as "llava-hf/llava-1.5-7b-hf".
+        name_or_path: "pocket", which comes with the package; "smollm2-135m", a language model that
+            `make smollm2` installs; a folder written by `save` or `save_pretrained`; or a Hugging
+            Face id such as "llava-hf/llava-1.5-7b-hf".
         device: where the weights go.
         dtype: of the weights; stored weights of another dtype are converted.
 
@@ -93,7 +95,7 @@ def load(
 
     Args:
         name_or_path: what `load_teacher` takes, and also "pocket-12.5", "pocket-25", "pocket-50",
-            "pocket-100", or the folder of a hybrid.
+            "pocket-100", "smollm2-135m-12.5", "-25", "-50", or the folder of a hybrid.
         device: where the weights go.
         dtype: of the weights.
 
@@ -107,12 +109,14 @@ def load(
         teacher = _load_pretrained(POCKET / "teacher", POCKET_TEACHER, place, dtype)
         student = load_delta(teacher.model, POCKET / POCKET_HYBRIDS[name])
         return VLM(name, student, teacher.processor, plan_of(student))
+    if name == smollm2.TEACHER or name in smollm2.HYBRIDS:
+        return _load_smollm2(name, place, dtype)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return _load_pretrained(path, path.resolve().name, place, dtype)
     if _is_hub_id(name):
         return _load_pretrained(name, name.rpartition("/")[2], place, dtype)
-    known = ", ".join((POCKET_TEACHER, *POCKET_HYBRIDS))
+    known = ", ".join((POCKET_TEACHER, *POCKET_HYBRIDS, smollm2.TEACHER, *smollm2.HYBRIDS))
     raise WorkbenchError(
         f"There is no model or folder called {name!r}; the models that come with the workbench are "
         f"{known}, and a Hugging Face id has the form 'organisation/model'."
@@ -135,6 +139,33 @@ def save(vlm: VLM, folder: str | Path) -> Path:
         vlm.model.save_pretrained(folder)
         vlm.processor.save_pretrained(folder)
     return folder
+
+
+def _load_smollm2(name: str, device: torch.device, dtype: torch.dtype) -> VLM:
+    """The teacher from its package, or else from the hub; a hybrid is a delta on top of it."""
+    folder = smollm2.FOLDER / smollm2.HYBRIDS.get(name, "")
+    if name in smollm2.HYBRIDS and not folder.is_dir():
+        raise WorkbenchError(
+            f"The weights of {name} do not come with this copy of the workbench: "
+            f"make them with benchmarks/smollm2, or use {smollm2.TEACHER}."
+        )
+    path = smollm2.find_gguf()
+    if path is not None:
+        with _no_progress_bar():
+            model, tokenizer = smollm2.read_gguf(path, dtype=dtype)
+        teacher = VLM(smollm2.TEACHER, model.to(device), tokenizer)
+    else:
+        try:
+            teacher = _load_pretrained(smollm2.HUB_ID, smollm2.TEACHER, device, dtype)
+        except WorkbenchError as error:
+            raise WorkbenchError(
+                f"{name} needs the weights of SmolLM2, which are not here, and the hub does not "
+                f"give them: {smollm2.HOW_TO_GET_IT}."
+            ) from error
+    if name == smollm2.TEACHER:
+        return teacher
+    student = load_delta(teacher.model, folder)
+    return VLM(name, student, teacher.processor, plan_of(student))
 
 
 def _load_pretrained(

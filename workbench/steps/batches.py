@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from workbench.data import Sample
+from workbench.data import Sample, Texts
 from workbench.data.conversations import IGNORE
 from workbench.errors import WorkbenchError
-from workbench.models.generation import build_prompt
+from workbench.models.generation import build_prompt, position_limit
 from workbench.models.teacher import VLM
 
 Batch = Mapping[str, Tensor]
@@ -21,11 +21,15 @@ Batch = Mapping[str, Tensor]
 def as_batches(vlm: VLM, data: Iterable, *, batch_size: int, seed: int) -> Iterator[Batch]:
     """Batches of samples, shuffled anew each time round, or ready batches in their own order.
 
-    They are endless, but for ready batches from an iterator, which end when it does.
+    Texts are packed into sequences. All are endless, but for ready batches from an iterator, which
+    end when it does.
 
     Raises:
         WorkbenchError: samples that are none, or an iterator over samples.
     """
+    if isinstance(data, Texts):
+        limit = position_limit(vlm)
+        data = data.batches(vlm.tokenizer, batch_size=batch_size, seed=seed, most=limit)
     if not isinstance(data, Sequence):
         yield from (ready_batch(vlm, batch) for batch in data)
         return

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from workbench.data import Dataset, Sample, load_data
+from workbench.data import Dataset, Sample, Texts, load_data
 from workbench.errors import WorkbenchError
 from workbench.models.generation import answer_batch
 from workbench.models.teacher import VLM
@@ -105,6 +105,8 @@ def evaluate(
     """
     if isinstance(data, str):
         data = load_data(data, split=split, limit=limit, seed=seed)
+    if isinstance(data, Texts):
+        raise WorkbenchError(f"{data.name} is plain text, which asks nothing: use wb.perplexity.")
     name = getattr(data, "name", "your samples")
     samples = data[: None if limit is None else max(0, limit)]
     if len(samples) == 0:

@@ -1,5 +1,6 @@
 """The pieces of the page as HTML: an answer card, the verdict under two of them, an alert."""
 
+import re
 from html import escape
 from itertools import zip_longest
 
@@ -17,6 +18,7 @@ STATES = {
 KIB = 1024
 MIB = 1024 * 1024
 LONGEST_WORD = 40  # of a word quoted under the cards
+MOST_CELLS = 16  # layers in one row of a stack
 
 
 def card(
@@ -62,8 +64,10 @@ def stack(vlm: VLM) -> str:
         for layer in range(n_layers)
     )
     said = _layers_sentence(n_layers, sorted(mamba))
+    n_rows = -(-n_layers // MOST_CELLS)
+    columns = f"grid-template-columns: repeat({-(-n_layers // n_rows)}, 1fr)"
     return (
-        f'<div class="stack" role="img" aria-label="{said}">{cells}</div>'
+        f'<div class="stack" style="{columns}" role="img" aria-label="{said}">{cells}</div>'
         f'<p class="layers" aria-hidden="true">{said}</p>'
     )
 
@@ -107,12 +111,13 @@ def _layers_sentence(n_layers: int, mamba: list[int]) -> str:
 
 
 def _answer_text(text: str, state: str, parts_at: int | None) -> str:
-    words = [escape(word) for word in text.split()]
-    if parts_at is not None and parts_at < len(words):
-        words[parts_at] = f"<mark>{words[parts_at]}</mark>"
-    if not words and state in ("done", "stopped"):
+    # Words stand at even places, and between them the blanks and new lines that part them.
+    pieces = [escape(piece) for piece in re.split(r"(\s+)", text.strip())]
+    if parts_at is not None and 2 * parts_at < len(pieces) and pieces[0]:
+        pieces[2 * parts_at] = f"<mark>{pieces[2 * parts_at]}</mark>"
+    if not pieces[0] and state in ("done", "stopped"):
         return '<span class="quiet">no words</span>'
-    return " ".join(words)
+    return "".join(pieces)
 
 
 def _parting(teacher: list[str], hybrid: list[str], at: int) -> str:

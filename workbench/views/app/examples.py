@@ -1,4 +1,4 @@
-"""The examples under the door: one question of each family, and one about several pictures."""
+"""The examples under the door: a question of each family, or for a language model plain ones."""
 
 import tempfile
 from functools import lru_cache
@@ -8,10 +8,28 @@ from PIL import Image
 
 from workbench.data import Sample, load_data
 
+# What a small language model can be asked, under the word on its button.
+TEXT_QUESTIONS = {
+    "explain": "Explain in two sentences why the sky is blue.",
+    "fact": "What is the capital of France?",
+    "story": "Write a short story about a robot who learns to paint.",
+    "tips": "Give me three tips for sleeping better.",
+    "recipe": "How do I make pancakes?",
+    "letter": "Write a short letter to a friend who has moved to another city.",
+    "compare": "What is the difference between a river and a lake?",
+    "code": "Write a Python function that adds two numbers.",
+}
 
-@lru_cache(maxsize=1)
-def examples() -> tuple[Sample, ...]:
-    """Return the first test sample of each family, a description first, several pictures last."""
+
+@lru_cache(maxsize=2)
+def examples(pictures: bool = True) -> tuple[Sample, ...]:
+    """Return one sample of each family, a description first, several pictures last.
+
+    Args:
+        pictures: False gives questions without pictures, which have no right answer.
+    """
+    if not pictures:
+        return tuple(Sample((), asked, "", name) for name, asked in TEXT_QUESTIONS.items())
     samples = load_data("pocket", split="test")
     one_each = samples[: len(samples.families)]  # the families take turns
     return tuple(sorted(one_each, key=_place))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import gradio as gr
 
 from workbench.errors import WorkbenchError
-from workbench.models.generation import Answer, stream_answer
+from workbench.models.generation import Answer, sees, stream_answer
 from workbench.models.teacher import VLM, load
 from workbench.views.app import cards
 from workbench.views.app.examples import examples, is_example
@@ -51,7 +51,8 @@ def ask(
     """Ask the teacher, then the hybrid, and yield the page as it fills.
 
     Args:
-        pictures: (path, caption) of one to four files, as gr.Gallery gives them.
+        pictures: (path, caption) of one to four files, as gr.Gallery gives them; a teacher that
+            reads text only is shown none.
         question: What is asked about them.
         hybrid: Name of the hybrid.
         max_new_tokens: Where an answer is cut off.
@@ -60,7 +61,8 @@ def ask(
     """
     keep = gr.skip()
     try:
-        images, notes = read_all(pictures)
+        seeing = sees(model(teacher, device))
+        images, notes = read_all(pictures) if seeing else ([], [])
         question = checked(question)
         pair = model(teacher, device), model(hybrid, device)
         alert = cards.alert(notes, "note")
@@ -174,9 +176,9 @@ def frame(images: list) -> gr.Gallery:
     return gr.Gallery(value=images, columns=1 if len(images) < 2 else 2)
 
 
-def show_example(at: int) -> tuple[gr.Gallery, str, str]:
+def show_example(at: int, pictures: bool = True) -> tuple[gr.Gallery, str, str]:
     """Put an example into the frame and the question box, and clear the alert."""
-    sample = examples()[at]
+    sample = examples(pictures)[at]
     return frame(list(sample.images)), sample.question, ""
 
 

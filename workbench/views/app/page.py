@@ -7,7 +7,9 @@ from typing import NamedTuple
 import gradio as gr
 
 from workbench.data import Sample
-from workbench.models.teacher import VLM
+from workbench.models import smollm2
+from workbench.models.generation import sees
+from workbench.models.teacher import POCKET_HYBRIDS, POCKET_TEACHER, VLM
 from workbench.views.app import cards
 from workbench.views.app.examples import examples, thumbnail
 from workbench.views.app.handlers import (
@@ -20,11 +22,10 @@ from workbench.views.app.handlers import (
 )
 
 TITLE = "MaTVLM Workbench"
-HYBRIDS = ("pocket-12.5", "pocket-25", "pocket-50", "pocket-100")
 
 LEDE = """
 <header class="lede"><h1>MaTVLM Workbench</h1>
-<p>One picture, one question, two models: a teacher that is all attention, and a hybrid made from it
+<p>{what}, two models: a teacher that is all attention, and a hybrid made from it
 that is partly Mamba-2.</p></header>
 """
 HOW_MEASURED = """
@@ -36,6 +37,11 @@ WHAT_POCKET_KNOWS = """
 generates, so they know the families of these examples and nothing of photographs. The hybrids are
 young: the README has their scores.</p>
 """
+WHAT_SMOLLM2_KNOWS = """
+<p class="caption">SmolLM2-135M-Instruct is a real language model, and a very small one: its English
+is fluent, its facts are often wrong. It remembers nothing of the question before.</p>
+"""
+KNOWN = {POCKET_TEACHER: WHAT_POCKET_KNOWS, smollm2.TEACHER: WHAT_SMOLLM2_KNOWS}
 
 
 class Asking(NamedTuple):
@@ -76,20 +82,26 @@ def build_app(
             question need not wait for it.
     """
     pair = model(teacher, device), model(hybrid, device)
+    seeing = sees(pair[0])
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as app:
-        gr.HTML(LEDE)
+        gr.HTML(LEDE.format(what="One picture, one question" if seeing else "One question"))
         with gr.Row(elem_id="desk"):
             with gr.Column(scale=4, min_width=320):
-                left = _asking(examples())
+                left = _asking(examples(seeing), KNOWN.get(teacher, ""))
             with gr.Column(scale=7, min_width=320):
-                right = _answering(pair, hybrid)
-        _wire(left, right, teacher, device)
+                right = _answering(pair, teacher, hybrid)
+        _wire(left, right, teacher, device, seeing)
     return app
 
 
-def _asking(samples: tuple[Sample, ...]) -> Asking:
-    """Lay out pictures, question, buttons and examples; the first example stands there already."""
+def _asking(samples: tuple[Sample, ...], caption: str) -> Asking:
+    """Lay out pictures, question, buttons and examples; the first example stands there already.
+
+    Examples without pictures hide the frame: their model reads text only.
+    """
+    seeing = bool(samples[0].images)
     pictures = gr.Gallery(
+        visible=seeing,
         label="Pictures, one to four",
         value=list(samples[0].images),
         columns=min(len(samples[0].images), 2),
@@ -117,26 +129,26 @@ def _asking(samples: tuple[Sample, ...]) -> Asking:
         gr.HTML("<h2 class='section'>Examples</h2>")
         with gr.Row(elem_id="examples"):
             chips = [_chip(sample) for sample in samples]
-        gr.HTML(WHAT_POCKET_KNOWS)
+        gr.HTML(caption)
         with gr.Accordion("Options", open=False):
-            max_new_tokens = gr.Slider(8, 256, 128, step=8, label="Longest answer, in tokens")
+            longest = 128 if seeing else 200
+            max_new_tokens = gr.Slider(8, 256, longest, step=8, label="Longest answer, in tokens")
     return Asking(pictures, question, ask_button, stop_button, chips, max_new_tokens)
 
 
 def _chip(sample: Sample) -> gr.Button:
-    """Make a button of an example: its picture over the name of its family."""
-    return gr.Button(
-        sample.family, icon=thumbnail(sample), size="sm", min_width=60, elem_classes="chip"
-    )
+    """Make a button of an example: its picture, if it has one, over the name of its family."""
+    icon = thumbnail(sample) if sample.images else None
+    return gr.Button(sample.family, icon=icon, size="sm", min_width=60, elem_classes="chip")
 
 
-def _answering(pair: tuple[VLM, VLM], chosen: str) -> Answering:
+def _answering(pair: tuple[VLM, VLM], teacher: str, chosen: str) -> Answering:
     """Lay out the choice of the hybrid, the two cards and what compares them, top to bottom."""
     return Answering(
         alert=gr.HTML(elem_id="alert"),
         chosen=gr.Radio(
             label="Share of the hybrid's layers that are Mamba-2",
-            choices=_choices(chosen),
+            choices=_choices(teacher, chosen),
             value=chosen,
             elem_id="hybrid",
         ),
@@ -155,13 +167,22 @@ def _two_cards(teacher: VLM, hybrid: VLM) -> dict[str, gr.HTML]:
         )
 
 
-def _choices(hybrid: str) -> list[tuple[str, str]]:
-    """Label the hybrids of the package by their share, and one from elsewhere by its name."""
-    shipped = [(f"{name.removeprefix('pocket-')}%", name) for name in HYBRIDS]
-    return shipped if hybrid in HYBRIDS else [*shipped, (Path(hybrid).name, hybrid)]
+def _choices(teacher: str, hybrid: str) -> list[tuple[str, str]]:
+    """Label the teacher's own hybrids by their share, and one from elsewhere by its name."""
+    shipped = [(f"{name.removeprefix(f'{teacher}-')}%", name) for name in _shipped(teacher)]
+    if hybrid in dict(shipped).values():
+        return shipped
+    return [*shipped, (Path(hybrid).name, hybrid)]
 
 
-def _wire(left: Asking, right: Answering, teacher: str, device: str) -> None:
+def _shipped(teacher: str) -> list[str]:
+    """The hybrids of a teacher whose weights are there."""
+    if teacher == smollm2.TEACHER:
+        return [n for n, at in smollm2.HYBRIDS.items() if (smollm2.FOLDER / at).is_dir()]
+    return list(POCKET_HYBRIDS) if teacher == POCKET_TEACHER else []
+
+
+def _wire(left: Asking, right: Answering, teacher: str, device: str, seeing: bool) -> None:
     page = [right.alert, right.teacher, right.hybrid, right.verdict, right.figure]
     models_are_one_at_a_time = dict(concurrency_id="models", concurrency_limit=1)
     private = dict(api_visibility="private", show_progress="hidden")
@@ -186,4 +207,4 @@ def _wire(left: Asking, right: Answering, teacher: str, device: str) -> None:
     left.pictures.upload(take_pictures, left.pictures, [left.pictures, right.alert], **private)
     for at, chip in enumerate(left.chips):
         shown = [left.pictures, left.question, right.alert]
-        chip.click(partial(show_example, at), None, shown, **private)
+        chip.click(partial(show_example, at, seeing), None, shown, **private)
