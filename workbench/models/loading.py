@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -52,6 +51,7 @@ def read_folder(folder: Path, request: Request) -> tuple[PreTrainedModel, Proces
         WorkbenchError: files are missing, damaged, of another form, or do not fit each other; the
             model is not of a class that the workbench knows; or memory is short.
     """
+    problems.check_names(f"The folder {folder}", [file.name for file in folder.iterdir()])
     needed = problems.bytes_needed(problems.check_weights(folder), request.dtype)
     values = problems.read_json(folder / problems.CONFIG)
     device_map = request.device_map
@@ -168,10 +168,7 @@ def _explained(folder: Path, needed: int, request: Request) -> Iterator[None]:
         yield
     except WorkbenchError:
         raise
-    except (
-        torch.OutOfMemoryError, MemoryError,
-        OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # tokenizers, for one, raises no subclass of it
         reason = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in reason:
             reason = problems.out_of_memory(

@@ -14,7 +14,6 @@ from workbench.models.hub import fetch, is_hub_id
 from workbench.models.hybrid import plan_of
 from workbench.models.loading import DeviceMap, Request, quiet, read_folder
 from workbench.models.plan import Plan
-from workbench.models.problems import check_names
 
 # The teacher that travels with the package, and its hybrids, named by their percentage of Mamba-2.
 POCKET = Path(__file__).parent / "pocket"
@@ -120,7 +119,6 @@ def load(
     request = Request(name, place, dtype, device_map, trust_remote_code)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        check_names(f"The folder {path}", [file.name for file in path.iterdir()])
         return _load_folder(path, replace(request, name=path.resolve().name))
     if is_hub_id(name):
         folder = fetch(name, with_code=trust_remote_code)

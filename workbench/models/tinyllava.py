@@ -166,7 +166,7 @@ def _config(
         vision_config=vision,
         image_token_id=image_token,
         vision_feature_layer=values.get("vision_feature_layer", -2),
-        # "default" drops the first token, CLS in CLIP. SigLIP has none: a patch goes, here as there.
+        # "default" drops the first token: CLS in CLIP, a patch in SigLIP, here as in their code.
         vision_feature_select_strategy=strategies[strategy],
         image_seq_length=n_patches - (strategy == "patch"),
         projector_hidden_act="gelu",
@@ -202,8 +202,10 @@ def _ssm_hybrid(mixer: Mapping[str, Any], text: PhiConfig) -> dict[str, Any]:
         raise WorkbenchError(
             f"{MAMBA_CONFIG} asks for mixers with biases or in two directions, which are not read."
         )
-    layers = tuple(i for i in range(text.num_hidden_layers) if i not in kept)
-    plan = Plan(text.num_hidden_layers, layers, "published", "The authors trained these layers.")
+    n_layers = text.num_hidden_layers
+    Plan(n_layers, tuple(kept))  # refuses a layer that the model does not have
+    layers = tuple(i for i in range(n_layers) if i not in kept)
+    plan = Plan(n_layers, layers, "published", "The authors trained these layers.")
     sizes = {"d_conv": ssm.get("d_conv", 4), "chunk_size": ssm.get("chunk_size", 256)}
     return {"plan": plan.to_dict(), "options": MIXER_OPTIONS | sizes}
 
@@ -212,7 +214,7 @@ def _tensors(folder: Path, mixer: Mapping[str, Any] | None) -> Iterator[tuple[st
     """Give every tensor under its new name, as a view of the file."""
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118: it is not a dict
+            for name in opened.keys():  # noqa: SIM118
                 if name.startswith(UNUSED):
                     continue
                 new = _renamed(name)
