@@ -135,8 +135,10 @@ def write_tokenizer(folder):
                 "add_prefix_space": False,
                 "added_tokens_decoder": added,
                 "clean_up_tokenization_spaces": True,
+                "errors": "replace",
                 "model_max_length": 3072,
                 "padding_side": "right",
+                "return_token_type_ids": False,
                 "tokenizer_class": "CodeGenTokenizer",
                 **dict.fromkeys(roles, "<|endoftext|>"),
             }
@@ -296,7 +298,9 @@ def mamba(w, prefix, h):
     for t in range(length):
         decay = (dt[:, t] * A).exp()[..., None, None]
         state = decay * state + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
-        ys.append(torch.einsum("bhpn,bhn->bhp", state, C[:, t]) + w[prefix + "D"][:, None] * x[:, t])
+        ys.append(
+            torch.einsum("bhpn,bhn->bhp", state, C[:, t]) + w[prefix + "D"][:, None] * x[:, t]
+        )
     y = torch.stack(ys, dim=1) * F.silu(z).unflatten(-1, (N_HEADS, HEAD))
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)
     return (y.flatten(2) * w[prefix + "norm.weight"]) @ w[prefix + "out_proj.weight"].T

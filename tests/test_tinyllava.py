@@ -9,11 +9,12 @@ from transformers import AutoModelForImageTextToText
 from workbench.data.samples import Sample
 from workbench.errors import WorkbenchError
 from workbench.mamba.layout import pack
+from workbench.models import tinyllava_model
 from workbench.models.generation import answer, answer_batch, build_prompt, prepare_inputs
 from workbench.models.hybrid import mixers, plan_of
 from workbench.models.plan import Plan
 from workbench.models.teacher import load, load_teacher, save
-from workbench.models.tinyllava import SYSTEM
+from workbench.models.tinyllava_model import SYSTEM
 from workbench.steps.initialization import convert
 
 QUESTION = "What is in the picture?"
@@ -173,6 +174,34 @@ def test_the_dtype_is_the_one_that_was_asked_for(folders):
     plain = load(folders / "hybrid").model
     for name, tensor in plain.state_dict().items():
         assert torch.equal(mapped.state_dict()[name].to(tensor), tensor), name
+
+
+def test_the_published_sizes_come_out(folders):
+    """3,217.42 M parameters in the teacher's file, 15.24 M of them SigLIP's unused pooling head."""
+    values = miniature.config()
+    values["text_config"] |= {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 51200,
+    }
+    values["vision_config"] |= {
+        "hidden_size": 1152,
+        "image_size": 384,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+    }
+    model_class = tinyllava_model.TinyLlavaPhiForConditionalGeneration
+    tokenizer = load(folders / "teacher").tokenizer
+    config = tinyllava_model.read_config(values, tokenizer, model_class.config_class)
+    with torch.device("meta"):
+        model = model_class(config)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 3202.18
+    assert config.image_seq_length == 728
 
 
 def changed(folder, file, **values):

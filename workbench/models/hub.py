@@ -71,5 +71,5 @@ def _explained(name: str, error: Exception) -> str:
             f"(or HF_HUB_OFFLINE is set): where there is a network, say 'hf download {name} "
             "--local-dir FOLDER', bring the folder here and pass its path instead."
         )
-    reason = " ".join(str(error).split())[:200]
-    return f"The model {name!r} cannot be downloaded: {type(error).__name__}: {reason}"
+    reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+    return f"The model {name!r} cannot be downloaded: {reason}"

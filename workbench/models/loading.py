@@ -171,9 +171,7 @@ def _explained(folder: Path, needed: int, request: Request) -> Iterator[None]:
     except Exception as error:  # tokenizers, for one, raises no subclass of it
         reason = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in reason:
-            reason = problems.out_of_memory(
-                request.name, needed, request.dtype, request.device
-            )
+            reason = problems.out_of_memory(request.name, needed, request.dtype, request.device)
             raise WorkbenchError(reason) from error
         if "trust_remote_code" in reason:
             raise WorkbenchError(_remote_code(folder)) from error

@@ -20,6 +20,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 ADAPTER = "adapter_config.json"
 # Formats that run code when they are read, or that belong to another program.
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # what bounds a container
 GIB = 2**30
 
 
@@ -76,8 +77,8 @@ def weight_files(folder: Path) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise WorkbenchError(
-                f"{folder} is incomplete: its index names {file.name}, which is not there; "
-                "download or copy that file again."
+                f"The folder {folder} is incomplete: its index names {file.name}, which is not "
+                "there; download or copy that file again."
             )
     return files
 
@@ -97,9 +98,7 @@ def check_weights(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
-def bytes_needed(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]], dtype: torch.dtype
-) -> int:
+def bytes_needed(tensors: Mapping[str, tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> int:
     """Add up what tensors take in memory once floating point numbers have the given dtype."""
     total = 0
     for stored, shape in tensors.values():
@@ -126,7 +125,7 @@ def out_of_memory(name: str, needed: int, dtype: torch.dtype, device: torch.devi
     there = "" if free is None else f", and {free / GIB:.1f} GiB are free"
     half = f"dtype=torch.bfloat16 ({needed * 2 / dtype.itemsize / GIB:.1f} GiB), "
     return (
-        f"{name} needs {needed / GIB:.1f} GiB for its weights in "
+        f"The model {name!r} needs {needed / GIB:.1f} GiB for its weights in "
         f"{str(dtype).removeprefix('torch.')} on {device}{there}: "
         f"pass {half if dtype.itemsize > 2 else ''}another device, or device_map='auto'."
     )
@@ -184,11 +183,9 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def _container_limit() -> float:
     """Return what a container's control group leaves; page cache counts as free, it is given up."""
-    group = Path("/sys/fs/cgroup")
     try:
-        most = int((group / "memory.max").read_text())
-        lines = (group / "memory.stat").read_text().splitlines()
+        most = int((CONTROL_GROUP / "memory.max").read_text())
+        lines = (CONTROL_GROUP / "memory.stat").read_text().splitlines()
         return most - int(next(line for line in lines if line.startswith("anon ")).split()[1])
     except (OSError, ValueError, StopIteration):  # no group, or no limit
         return math.inf
-

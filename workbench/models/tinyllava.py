@@ -8,45 +8,31 @@ copied on the way: every tensor is a view of its file until it stands in the mod
 Sources: TinyLLaVA_Factory (configuration, `phi` prompt, image processing), hustvl/MaTVLM (mixer).
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    GenerationConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PhiConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    SiglipImageProcessorPil,
-    SiglipVisionConfig,
-)
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
+from torch import Tensor
+from transformers import GenerationConfig, LlavaProcessor, PhiConfig, PreTrainedModel
 
 from workbench.errors import WorkbenchError
 from workbench.models.families import LANGUAGE_MODELS
 from workbench.models.hybrid import MIXER_OPTIONS, hybrid_class
 from workbench.models.plan import Plan
 from workbench.models.problems import read_json, weight_files
+from workbench.models.tinyllava_model import (
+    TinyLlavaPhiForConditionalGeneration,
+    build_processor,
+    read_config,
+    read_tokenizer,
+)
 
 MODEL_TYPE = "tinyllava"  # in the authors' config.json, of teacher and hybrid alike
 MAMBA_CONFIG = "mamba_config.json"
-IMAGE_TOKEN = "<image>"
 
-# What the authors' modules are called here. They splice picture features in at a negative token id;
-# here the placeholder is a real token, whose embedding is never read.
+# What the authors' modules are called here.
 PREFIXES = {
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
@@ -56,40 +42,6 @@ PREFIXES = {
 }
 # SigLIP's pooling head is in the file, but no token of the picture passes through it.
 UNUSED = "vision_tower._vision_tower.vision_model.head."
-
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-# "{system} USER: <image>\n{question} ASSISTANT: {answer}<|endoftext|>", and so on.
-CHAT_TEMPLATE = (
-    f"{{{{ {json.dumps(SYSTEM + ' ')} }}}}"
-    "{% for message in messages %}"
-    "{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] | trim }}"
-    "{% endfor %}{% endif %}"
-    "{{ ' ' if message['role'] == 'user' else '<|endoftext|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-
-
-class TinyLlavaPhiConfig(LlavaConfig):
-    """A Llava config under a name of its own, so that no other class reads these models."""
-
-    model_type = "tinyllava_phi"
-
-
-class TinyLlavaPhiForConditionalGeneration(LlavaForConditionalGeneration):
-    """Llava whose output layer has a bias, as Phi's has and Llava's has not."""
-
-    config_class = TinyLlavaPhiConfig
-
-    def __init__(self, config: TinyLlavaPhiConfig) -> None:
-        super().__init__(config)
-        self.lm_head.bias = nn.Parameter(self.lm_head.weight.new_zeros(self.lm_head.out_features))
 
 
 def load_tinyllava(
@@ -110,12 +62,12 @@ def load_tinyllava(
         WorkbenchError: the folder holds another TinyLLaVA than Phi with SigLIP, its files do not
             agree with each other, or a tensor has no place in the model.
     """
-    tokenizer = _tokenizer(folder, values)
+    tokenizer = read_tokenizer(folder, values)
     mixer = _mamba_config(folder)
     model_class = TinyLlavaPhiForConditionalGeneration
     if mixer is not None:
         model_class = hybrid_class(model_class)
-    config = _config(values, tokenizer, model_class.config_class)
+    config = read_config(values, tokenizer, model_class.config_class)
     if mixer is not None:
         config.text_config.ssm_hybrid = _ssm_hybrid(mixer, config.text_config)
     model, report = model_class.from_pretrained(
@@ -134,45 +86,7 @@ def load_tinyllava(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return model, report, _processor(config, tokenizer)
-
-
-def _config(
-    values: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    config_class: type[TinyLlavaPhiConfig],
-) -> TinyLlavaPhiConfig:
-    """Translate the authors' config; what theirs leaves out has the default of its class."""
-    text, vision = dict(values.get("text_config") or {}), dict(values.get("vision_config") or {})
-    _insist("language model", text.pop("model_type", None), "phi")
-    _insist("vision tower", vision.pop("model_type", None), "siglip_vision_model")
-    _insist("connector", values.get("connector_type"), "mlp2x_gelu")
-    _insist("image_aspect_ratio", values.get("image_aspect_ratio", "square"), "square")
-    strategies = {"patch": "default", "cls_patch": "full"}
-    strategy = values.get("vision_feature_select_strategy", "patch")
-    _insist("vision_feature_select_strategy", strategy, *strategies)
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = PhiConfig.from_dict(text | ids | {"tie_word_embeddings": False})
-    vision = SiglipVisionConfig.from_dict(vision | {"vision_use_head": False})
-    image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    if image_token >= text.vocab_size:
-        raise WorkbenchError(
-            f"The tokenizer fills all {text.vocab_size} rows of the embedding: "
-            f"there is none left for {IMAGE_TOKEN!r}."
-        )
-    n_patches = (vision.image_size // vision.patch_size) ** 2
-    return config_class(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=image_token,
-        vision_feature_layer=values.get("vision_feature_layer", -2),
-        # "default" drops the first token: CLS in CLIP, a patch in SigLIP, here as in their code.
-        vision_feature_select_strategy=strategies[strategy],
-        image_seq_length=n_patches - (strategy == "patch"),
-        projector_hidden_act="gelu",
-        tie_word_embeddings=False,
-        **ids,
-    )
+    return model, report, build_processor(config, tokenizer)
 
 
 def _ssm_hybrid(mixer: Mapping[str, Any], text: PhiConfig) -> dict[str, Any]:
@@ -265,65 +179,12 @@ def _renamed(name: str) -> str | None:
     return None
 
 
-def _tokenizer(folder: Path, values: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """Read vocab.json and merges.txt, and add the placeholder as the first id that is free."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder,
-        config=PhiConfig(),  # theirs has a model_type that transformers does not know
-        local_files_only=True,
-        extra_special_tokens={"image_token": IMAGE_TOKEN},
-    )
-    tokenizer.padding_side = values.get("tokenizer_padding_side", "right")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
-
-
-def _processor(config: LlavaConfig, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
-    """Join the tokenizer with SigLIP's own processing: a plain resize, and values from -1 to 1."""
-    side, half = config.vision_config.image_size, [0.5, 0.5, 0.5]
-    return LlavaProcessor(
-        image_processor=SiglipImageProcessorPil(
-            size={"height": side, "width": side},
-            image_mean=half,
-            image_std=half,
-            do_convert_rgb=True,
-        ),
-        tokenizer=tokenizer,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
-def _insist(what: str, found: Any, *supported: str) -> None:
-    if found not in supported:
-        raise WorkbenchError(
-            f"This TinyLLaVA has {found!r} as its {what}; of the authors' checkpoints, those with "
-            f"{' or '.join(map(repr, supported))} are read."
-        )
-
-
 def _misfit(folder: Path, name: str) -> WorkbenchError:
-    return WorkbenchError(f"The weights in {folder} hold {name!r}, which has no place in the model.")
+    return WorkbenchError(
+        f"The weights in {folder} hold {name!r}, which has no place in the model."
+    )
 
 
 def _mamba_config(folder: Path) -> dict[str, Any] | None:
     file = folder / MAMBA_CONFIG
     return read_json(file) if file.is_file() else None
-
-
-def _register() -> None:
-    """Let transformers read these models again, and their hybrids, once they have been saved."""
-    ours = TinyLlavaPhiConfig.model_type
-    mapping = get_checkpoint_conversion_mapping(LlavaConfig.model_type)
-    if mapping is not None:
-        register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
-    AutoConfig.register(ours, TinyLlavaPhiConfig, exist_ok=True)
-    AutoModelForImageTextToText.register(
-        TinyLlavaPhiConfig, TinyLlavaPhiForConditionalGeneration, exist_ok=True
-    )
-    hybrid_class(TinyLlavaPhiForConditionalGeneration)
-
-
-_register()
