@@ -56,6 +56,7 @@ class TinyLlavaPhiConfig(LlavaConfig):
     """A Llava config under a name of its own, so that no other class reads these models."""
 
     model_type = "tinyllava_phi"
+    workbench_family = "llava"  # the row in the table of families
 
 
 class TinyLlavaPhiForConditionalGeneration(LlavaForConditionalGeneration):
