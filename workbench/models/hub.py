@@ -43,7 +43,7 @@ def fetch(name: str, *, with_code: bool = False) -> Path:
     except Exception as error:  # its own, and those of the HTTP library, which it has changed twice
         raise WorkbenchError(_explained(name, error)) from error
     try:
-        names = [n for n in HfApi().list_repo_files(name) if "/" not in n]
+        names = HfApi().list_repo_files(name)
     except Exception:  # the same; the files came from the cache then
         names = [file.name for file in folder.iterdir()]
     check_names(f"The model {name!r}", names)
