@@ -106,7 +106,7 @@ def test_an_id_is_a_folder_once_it_is_downloaded(monkeypatch, folder):
         (["adapter_config.json", "adapter_model.safetensors"], "is an adapter.*merge_and_unload"),
         (["model-Q4_K_M.gguf"], "weights as GGUF.*model that it was made from"),
         (["config.json", "model-Q4_K_M.gguf"], "weights as GGUF"),
-        (["config.json", "tokenizer.json"], "holds no weights: there is no .safetensors file"),
+        (["config.json", "tokenizer.json"], "holds no weights: no .safetensors file is there"),
         (["config.json", "tf_model.h5"], "pickle files"),
         (["model.safetensors"], "config.json is missing"),
         (["README.md"], "config.json is missing"),

@@ -51,7 +51,8 @@ def read_folder(folder: Path, request: Request) -> tuple[PreTrainedModel, Proces
         WorkbenchError: files are missing, damaged, of another form, or do not fit each other; the
             model is not of a class that the workbench knows; or memory is short.
     """
-    problems.check_names(f"The folder {folder}", [file.name for file in folder.iterdir()])
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    problems.check_names(f"The folder {folder}", names)
     needed = problems.bytes_needed(problems.check_weights(folder), request.dtype)
     values = problems.read_json(folder / problems.CONFIG)
     device_map = request.device_map

@@ -58,7 +58,7 @@ def check_names(where: str, names: Collection[str]) -> None:
     elif CONFIG not in names:
         problem = f"holds no model: the file {CONFIG} is missing."
     else:
-        problem = f"holds no weights: there is no .safetensors file called {WEIGHTS}, or {INDEX}."
+        problem = f"holds no weights: no .safetensors file is there, {WEIGHTS} or {INDEX}."
     raise WorkbenchError(f"{where} {problem}")
 
 
