@@ -104,7 +104,7 @@ def test_what_cannot_be_loaded_or_saved_is_said_in_a_sentence(tmp_path):
     with pytest.raises(WorkbenchError, match="no .safetensors file"):
         load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(WorkbenchError, match="cannot be loaded"):
+    with pytest.raises(WorkbenchError, match="cut short or damaged"):
         load(tmp_path)
     with pytest.raises(WorkbenchError, match="device 'abacus'"):
         load(tmp_path, device="abacus")

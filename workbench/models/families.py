@@ -174,14 +174,13 @@ def read_attention(attention: nn.Module, config: PreTrainedConfig) -> Attention:
         headdim = getattr(attention, names.x).out_features // config.num_key_value_heads
         d_state = getattr(attention, names.C).out_features // config.num_attention_heads
     rotates = family.rope_switch is None or bool(getattr(attention, family.rope_switch))
-    return Attention(
-        names, headdim, d_state, attention.scaling, rotates, family.rope_interleaved
-    )
+    return Attention(names, headdim, d_state, attention.scaling, rotates, family.rope_interleaved)
 
 
 def _model_types(model: PreTrainedModel) -> tuple[str, str]:
     """Return the model_type of the whole and of its language model, as they were in the teacher."""
-    outer = type(model.config).model_type.removeprefix(_HYBRID)
+    kind = type(model.config)  # a class of our own says which family it is built like
+    outer = getattr(kind, "workbench_family", kind.model_type).removeprefix(_HYBRID)
     return outer, text_config(model).model_type.removeprefix(_HYBRID)
 
 

