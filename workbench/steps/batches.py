@@ -81,7 +81,7 @@ def collate(
 
     Returns:
         `input_ids`, `attention_mask`, `labels` (batch, seqlen), right-padded; what the processor
-        makes of the pictures; and `n_cut`, how many samples were cut.
+        makes of the pictures; and `n_cut`, where samples were cut.
 
     Raises:
         WorkbenchError: pictures that alone are too long.
@@ -118,7 +118,7 @@ def _cut(vlm: VLM, batch: dict[str, Tensor], limit: int) -> dict[str, Tensor | i
             "allow more tokens, or leave out samples with so many pictures."
         )
     cut = {k: v[:, :limit] if v.shape == shape else v for k, v in batch.items()}
-    return cut | {"n_cut": n_cut}
+    return cut | {"n_cut": n_cut} if n_cut else cut
 
 
 def _pictures(images: list[list[Image.Image]]) -> dict:
