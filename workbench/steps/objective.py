@@ -24,8 +24,7 @@ NO_INPUTS = ("labels", "real", "text_tokens", "token_type_ids")
 class Places(NamedTuple):
     """Where the tokens of a batch stand, found on the CPU, so that no GPU is waited for."""
 
-    rows: Tensor  # (n,) and
-    columns: Tensor  # (n,): where a wanted token is predicted
+    at: Tensor  # (n,): where a wanted token is predicted, counted through the whole batch
     labels: Tensor  # (n,): the token that follows, `IGNORE` where it belongs to no answer
     real: Tensor | None  # (batch, seqlen) bool, False on padding; None: all are real
     counts: Tensor  # (3,) float: wanted tokens, real tokens, labels
@@ -46,7 +45,7 @@ def places(batch: Batch, tokens: str) -> Places:
     following = labels[rows, columns + 1]
     n_real = labels.numel() if real is None else int(real.sum())
     counts = torch.tensor([len(rows), n_real, int((following != IGNORE).sum())])
-    return Places(rows, columns, following, real, counts.float())
+    return Places(rows * labels.shape[1] + columns, following, real, counts.float())
 
 
 class Objective(nn.Module):
@@ -150,14 +149,13 @@ class Objective(nn.Module):
         self, ours: Tensor, theirs: Tensor, where: Places, per_token: Tensor
     ) -> tuple[Tensor, Tensor]:
         stage, device = self.stage, ours.device
-        rows, columns, labels = (
-            t.to(device, non_blocking=True) for t in (where.rows, where.columns, where.labels)
-        )
+        at, labels = (t.to(device, non_blocking=True) for t in (where.at, where.labels))
+        ours, theirs = (states.flatten(0, 1).index_select(0, at) for states in (ours, theirs))
         kl = Divergence(stage.kl_weight * per_token[0], stage.kl_kind, stage.temperature)
         losses = token_losses(
             self.student,
             self._teacher[0],
-            (ours[rows, columns], theirs[rows, columns]),
+            (ours, theirs),
             labels,
             kl=kl if stage.kl_weight else None,
             ce=stage.ce_weight * per_token[2] if stage.ce_weight else None,
