@@ -15,8 +15,9 @@ from workbench.steps.distillation import Stage, distill
 from workbench.steps.initialization import convert
 from workbench.steps.parallel import Processes, own_device
 
+# Not the relative layer loss: it measures each batch by a scale of its own.
 STAGES = [
-    Stage("align", 3, layer_weight=1, trains="mixers"),
+    Stage("align", 3, layer_weight=1, layer_kind="norm", trains="mixers"),
     Stage("distill", 3, layer_weight=0.5, layer_kind="norm", kl_weight=1, ce_weight=0.1),
 ]
 

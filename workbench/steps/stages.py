@@ -33,7 +33,7 @@ class Stage:
             with the teacher's output, at every real position; the mean over layers.
         layer_kind: "norm" is MaTVLM's, per token: ||student - teacher||_2 / sqrt(d_model).
             "relative" is ||student - teacher||^2 over ||what the teacher's layer added||^2, both
-            summed over tokens: 1 is a layer that adds nothing, whatever its scale.
+            summed over a batch's tokens: 1 is a layer that adds nothing, whatever its scale.
         kl_weight: of the divergence between both models' next-token distributions.
         kl_kind: "forward", "reverse" or "js"; `losses.divergence` says what they are.
         temperature: of the divergence, which is multiplied by its square.
