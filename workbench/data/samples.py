@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 from PIL import Image
@@ -13,18 +14,23 @@ from workbench.data.scenes import FAMILIES, SPLITS, UNSEEN_FAMILIES, Scene, make
 from workbench.data.scenes.scene import Fact
 from workbench.errors import WorkbenchError
 
+HUB = "hub:"
 SAMPLES_PER_FAMILY = {"train": 10_000, "test": 250, "unseen": 250}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A question about one to four pictures, and the answer that counts as right."""
+    """A question about some pictures, and the answer that counts as right.
+
+    `more` are the turns of the conversation that follow, (question, answer): training reads them.
+    """
 
     images: tuple[Image.Image, ...]
     question: str
     answer: str
     family: str
     facts: tuple[Fact, ...] | None = None
+    more: tuple[tuple[str, str], ...] = ()
 
     def score(self, reply: str) -> float:
         """How right `reply` is, in 0..1: exact match, or the share of facts where there are facts.
@@ -60,16 +66,24 @@ class Dataset(Sequence[Sample]):
 
 
 def load_data(
-    name: str = "pocket", *, split: str = "test", limit: int | None = None, seed: int = 0
+    name: str | Path = "pocket",
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    images: str | Path | None = None,
 ) -> Dataset:
-    """A data set by name.
+    """A data set by name, or from a file.
 
     Args:
-        name: "pocket" (generated graphics, eight families) or "easy-vqa" (the PyPI package).
+        name: "pocket" (generated graphics, eight families); "easy-vqa" (the PyPI package); the path
+            of a .json file of LLaVA-style conversations; or "hub:NAME", a data set of the Hugging
+            Face hub, which needs the package `datasets`.
         split: "train", "test", or for "pocket" also "unseen": drawings, flags and words that no
             model of the workbench was ever trained on.
         limit: at most this many samples; None for all.
-        seed: another world of generated scenes; easy-VQA is shuffled by it.
+        seed: another world of generated scenes; what is not generated is shuffled by it.
+        images: the folder of a .json file's pictures; None is where the file is.
 
     Returns:
         A `Dataset`; samples are made lazily.
@@ -85,7 +99,18 @@ def load_data(
         return _pocket(split, limit, seed)
     if name == "easy-vqa":
         return _easy_vqa(split, limit, seed)
-    raise WorkbenchError(f"There is no data set named {name!r}. Choose 'pocket' or 'easy-vqa'.")
+    if str(name).startswith(HUB):
+        from workbench.data.hub import load_hub
+
+        return load_hub(str(name).removeprefix(HUB), split=split, limit=limit, seed=seed)
+    if Path(name).suffix == ".json":
+        from workbench.data.conversations_json import load_conversations
+
+        return load_conversations(name, images=images, limit=limit, seed=seed)
+    raise WorkbenchError(
+        f"There is no data set named {str(name)!r}. Choose 'pocket' or 'easy-vqa', or give a .json "
+        f"file of conversations, or {HUB}NAME for one of the Hugging Face hub."
+    )
 
 
 def sample_from(scene: Scene, turn: int, family: str) -> Sample:

@@ -13,8 +13,9 @@ from torch import Tensor
 from workbench.data import Sample
 from workbench.data.conversations import IGNORE
 from workbench.errors import WorkbenchError
-from workbench.models.generation import build_prompt, position_limit
+from workbench.models.generation import position_limit
 from workbench.models.teacher import VLM
+from workbench.steps.writing import write_conversation
 
 Batch = Mapping[str, Tensor]  # and `n_cut`, an int, where samples were cut
 
@@ -87,20 +88,26 @@ def collate(
         WorkbenchError: pictures that alone are too long.
     """
     tokenizer = vlm.tokenizer
-    prompts = [build_prompt(vlm, len(s.images), s.question) for s in samples]
-    full = [f"{p} {s.answer}{tokenizer.eos_token}" for p, s in zip(prompts, samples, strict=True)]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    texts, answers = zip(*(write_conversation(vlm, s) for s in samples), strict=True)
     # As in `prepare_inputs`: a template that wrote the first token leaves none to be added.
     bos = tokenizer.bos_token
-    plain = {"add_special_tokens": not (bos and prompts[0].startswith(bos))}
+    plain = {"add_special_tokens": not (bos and texts[0].startswith(bos))}
     images = [list(s.images) for s in samples]
     padded = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
-    batch = vlm.processor(text=full, **_pictures(images), **padded, **plain)
-    labels = batch["input_ids"].clone()
-    for row, (prompt, seen) in enumerate(zip(prompts, images, strict=True)):
-        alone = vlm.processor(text=[prompt], **_pictures([seen]), **plain)["input_ids"][0]
-        labels[row, : len(alone)] = IGNORE
+    batch = vlm.processor(text=list(texts), **_pictures(images), **padded, **plain)
+    labels = torch.full_like(batch["input_ids"], IGNORE)
+    for row, (text, spans) in enumerate(zip(texts, answers, strict=True)):
+
+        def n_tokens(upto: int, text: str = text) -> int:
+            return len(tokenizer(text[:upto], **plain)["input_ids"])
+
+        # Pictures stand before every answer, and take the same number of tokens before each.
+        extra = int(batch["attention_mask"][row].sum()) - n_tokens(len(text))
+        for start, end in spans:
+            place = slice(n_tokens(start) + extra, n_tokens(end) + extra)
+            labels[row, place] = batch["input_ids"][row, place]
     labels[batch["attention_mask"] == 0] = IGNORE
     made = {k: v for k, v in batch.items() if isinstance(v, Tensor)} | {"labels": labels}
     made.pop("token_type_ids", None)
