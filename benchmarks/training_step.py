@@ -132,7 +132,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--size", choices=SIZES, default="smollm2-135m")
     parser.add_argument("--warmup", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=20, help="that count; a multiple of --warmup")
+    parser.add_argument("--steps", type=int, default=20, help="that count")
     parser.add_argument("--compile", action="store_true", help="every decoder layer, both ways")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--json", help="file for the figures")

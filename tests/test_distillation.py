@@ -316,3 +316,85 @@ def test_ready_batches_show_what_the_processor_shows(small_pocket):
     torch.testing.assert_close(seen["pixel_values"], alone["pixel_values"], atol=1e-6, rtol=0)
     assert ready_batch(small_pocket, alone) is alone
 
+
+
+def test_a_plan_of_every_layer_can_be_distilled(teacher):
+    student = convert(teacher, choose_layers(teacher, ratio=1))
+    run = distill(student, teacher, samples(4), steps=4)
+    assert len(run.rows[0].layer_losses) == tiny.N_LAYERS
+
+
+def test_a_data_set_shorter_than_a_batch_is_a_batch(teacher):
+    one, run = train(teacher, samples(3), steps=2, batch_size=3)
+    other, same_run = train(teacher, samples(3), steps=2, batch_size=64)
+    assert same(tensors(one), tensors(other))
+    assert run.n_tokens == same_run.n_tokens
+
+
+def test_samples_beyond_the_limit_are_cut_and_counted(teacher):
+    long = [Sample((), "which?", "red and " * 300, "f"), *samples(1)]
+    _, run = train(teacher, long, steps=2, batch_size=2)
+    assert run.n_cut == 2
+    assert "2 samples cut to length" in str(run)
+    batch = collate(teacher, long)
+    assert batch["input_ids"].shape[1] == 256  # the model's last position
+    assert batch["n_cut"] == 1
+    shorter = collate(teacher, long, 40)
+    assert all(shorter[k].shape == (2, 40) for k in ("input_ids", "attention_mask", "labels"))
+    assert (shorter["labels"][0] != IGNORE).sum() > 20
+    with pytest.raises(WorkbenchError, match="pictures reach beyond token 10"):
+        collate(teacher, long, 10)
+    ready = {"input_ids": torch.zeros(1, 300, dtype=torch.long)}
+    ready["labels"] = ready["input_ids"]
+    with pytest.raises(WorkbenchError, match="sequences of 300 tokens, but tiny-50 sees 256 at"):
+        train(teacher, [ready], steps=1)
+
+
+def test_a_batch_without_answers_is_no_end(teacher):
+    batch = dict(collate(teacher, samples(2)))
+    batch["labels"] = torch.full_like(batch["labels"], IGNORE)
+    _, run = train(teacher, [batch], steps=1)
+    assert run.rows[0].kl_nats == 0
+    assert run.rows[0].layer_loss > 0
+
+
+def test_gradient_checkpointing_changes_memory_only(teacher):
+    weights = []
+    for checkpointed in (False, True):
+        student = convert(teacher, PLAN)
+        if checkpointed:
+            student.model.gradient_checkpointing_enable()
+        distill(student, teacher, samples(3), recipe="matvlm", steps=2, batch_size=3)
+        weights.append(tensors(student))
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_stays_off():
+    teacher = VLM("dropping", tiny.llava(resid_pdrop=0.9, attention_dropout=0.9), tiny.vlm().processor)
+    runs = [
+        distill(convert(teacher, PLAN), teacher, samples(2), recipe="matvlm", steps=2)
+        for _ in range(2)
+    ]
+    assert runs[0].rows[1].loss == runs[1].rows[1].loss
+
+
+def test_numbered_batches_are_asked_for_by_number(teacher):
+    asked = []
+
+    class Numbered:
+        def batch(self, number):
+            asked.append(number)
+            return collate(teacher, samples(1))
+
+    batches = as_batches(teacher, Numbered(), batch_size=1, seed=0, first=7, stride=3)
+    assert all("labels" in next(batches) for _ in range(3))
+    assert asked == [7, 10, 13]
+    ready = [dict(collate(teacher, samples(1)), number=n) for n in range(4)]
+    for data in (ready, iter(ready)):
+        some = as_batches(teacher, data, batch_size=1, seed=0, first=1, stride=2)
+        assert [next(some)["number"] for _ in range(2)] == [1, 3]
+    made = list(zip(range(6), as_batches(teacher, samples(5), batch_size=2, seed=3), strict=False))
+    rest = as_batches(teacher, samples(5), batch_size=2, seed=3, first=1, stride=4)
+    for number, batch in made[1::4]:
+        assert torch.equal(next(rest)["input_ids"], batch["input_ids"]), number

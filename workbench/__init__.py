@@ -23,6 +23,7 @@ from workbench.errors import WorkbenchError
 from workbench.models.generation import Answer, answer, stream_answer
 from workbench.models.plan import Plan
 from workbench.models.teacher import VLM, load, load_teacher, save
+from workbench.steps.answers import answers_of
 from workbench.steps.comparison import Comparison, compare
 from workbench.steps.distillation import Run, Stage, StepRow, distill
 from workbench.steps.evaluation import Evaluation, evaluate
@@ -32,6 +33,6 @@ from workbench.steps.selection import choose_layers
 
 __all__ = [
     "VLM", "Answer", "Comparison", "Dataset", "Evaluation", "Plan", "Profile", "Run", "Sample",
-    "Stage", "StepRow", "WorkbenchError", "answer", "choose_layers", "compare", "convert",
-    "distill", "evaluate", "load", "load_data", "load_teacher", "profile", "save", "stream_answer",
+    "Stage", "StepRow", "WorkbenchError", "answer", "answers_of", "choose_layers", "compare",
+    "convert", "distill", "evaluate", "load", "load_data", "load_teacher", "profile", "save", "stream_answer",
 ]  # fmt: skip
