@@ -364,14 +364,18 @@ def test_gradient_checkpointing_changes_memory_only(teacher):
         student = convert(teacher, PLAN)
         if checkpointed:
             student.model.gradient_checkpointing_enable()
+        seen = []
+        student.model.lm_head.register_forward_hook(lambda m, *_: seen.append(m.training))
         distill(student, teacher, samples(3), recipe="matvlm", steps=2, batch_size=3)
+        assert seen == 2 * [checkpointed]
         weights.append(tensors(student))
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_stays_off():
-    teacher = VLM("dropping", tiny.llava(resid_pdrop=0.9, attention_dropout=0.9), tiny.vlm().processor)
+    model = tiny.llava(resid_pdrop=0.9, attention_dropout=0.9)
+    teacher = VLM("dropping", model, tiny.vlm().processor)
     runs = [
         distill(convert(teacher, PLAN), teacher, samples(2), recipe="matvlm", steps=2)
         for _ in range(2)

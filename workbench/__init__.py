@@ -34,5 +34,6 @@ from workbench.steps.selection import choose_layers
 __all__ = [
     "VLM", "Answer", "Comparison", "Dataset", "Evaluation", "Plan", "Profile", "Run", "Sample",
     "Stage", "StepRow", "WorkbenchError", "answer", "answers_of", "choose_layers", "compare",
-    "convert", "distill", "evaluate", "load", "load_data", "load_teacher", "profile", "save", "stream_answer",
+    "convert", "distill", "evaluate", "load", "load_data", "load_teacher", "profile", "save",
+    "stream_answer",
 ]  # fmt: skip
