@@ -217,6 +217,31 @@ def test_the_losses_are_what_the_formulas_say(teacher, student, kind, tokens):
     )
 
 
+def test_a_layers_gradient_is_the_same_at_once(teacher, student):
+    batch = collate(teacher, samples(3))
+    stage = Stage("s", 1, layer_weight=0.5, layer_kind="norm")
+    with ExitStack() as undo:
+        total, _ = objective_of(student, teacher, stage, batch, undo)
+        (3 * total).backward()
+    found = {name: p.grad for name, p in student.model.named_parameters()}
+    student.model.zero_grad()
+    real = batch["attention_mask"].bool()
+    losses = []
+    _, _, layers = reference(teacher, student, batch)
+    for (_, wanted, _), i in zip(layers, PLAN.mamba_layers, strict=True):
+        twin = copy.deepcopy(teacher.model)
+        decoder_layers(twin)[i] = decoder_layers(student.model)[i]
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+        got = twin(**inputs, use_cache=False, output_hidden_states=True).hidden_states[i + 1]
+        losses.append((got - wanted.detach())[real].norm(dim=-1).mean() / 48**0.5)
+    (3 * 0.5 * torch.stack(losses).mean()).backward()
+    for name, p in student.model.named_parameters():
+        if "language_model.layers.0." in name or "language_model.layers.2." in name:
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
+        else:
+            assert found[name] is None, name
+
+
 def test_padding_counts_nowhere(teacher, student):
     batch = collate(teacher, samples(3))
     padding = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE}

@@ -9,7 +9,7 @@ its loss and its gradient, and leaves only the gradient of the hidden states beh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +69,10 @@ def divergence(student: Tensor, teacher: Tensor, kind: str, temperature: float) 
         temperature: divides the logits; the result is multiplied by its square, so that gradients
             keep their size (Hinton et al., arXiv 1503.02531).
     """
-    log_q, log_p = (F.log_softmax(t.float() / temperature, -1) for t in (student, teacher))
+    student, teacher = student.float(), teacher.float()
+    if temperature != 1:
+        student, teacher = student / temperature, teacher / temperature
+    log_q, log_p = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
     if kind == "forward":
         nats = _kl(log_p, log_q)
     elif kind == "reverse":
@@ -92,6 +95,7 @@ def token_losses(
     *,
     kl: Divergence | None,
     ce: Tensor | float | None,
+    apart: Callable[[Tensor, Tensor, str, float], Tensor] = divergence,
 ) -> TokenLosses:
     """Weighted divergence and cross-entropy, summed over tokens, a chunk of tokens at a time.
 
@@ -102,6 +106,7 @@ def token_losses(
         labels: (tokens,), the id that follows, or `IGNORE`; read by the cross-entropy.
         kl: how the divergence is taken and what a token of it weighs; None leaves it out.
         ce: what a token of the cross-entropy weighs; None leaves it out.
+        apart: `divergence`, or that compiled.
     """
     ours, theirs = hidden
 
@@ -111,7 +116,7 @@ def token_losses(
         if kl is not None:
             with torch.no_grad():
                 target = head_logits(teacher, theirs[at])
-            nats = divergence(logits, target, kl.kind, kl.temperature).sum()
+            nats = apart(logits, target, kl.kind, kl.temperature).sum()
             total = total + kl.weight * nats
         if ce is not None:
             surprise = F.cross_entropy(
@@ -159,3 +164,28 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple:
         return (None, None, *((scale * slope).to(slope.dtype) for slope in ctx.slopes))
+
+
+def at_once(loss: Callable[[], Tensor], parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Compute a scalar loss, and its gradient with it: nothing else of its graph is kept.
+
+    Args:
+        loss: computes it.
+        parameters: all that it depends on and that may train.
+    """
+    return _AtOnce.apply(loss, *(p for p in parameters if p.requires_grad))
+
+
+class _AtOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Callable[[], Tensor], *weights: nn.Parameter) -> Tensor:
+        wanted = any(ctx.needs_input_grad)
+        with torch.set_grad_enabled(wanted):
+            value = loss()
+        found = torch.autograd.grad(value, weights, allow_unused=True) if wanted else ()
+        ctx.slopes = found
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple:
+        return (None, *(None if s is None else (scale * s).to(s.dtype) for s in ctx.slopes))

@@ -14,7 +14,7 @@ from workbench.data.conversations import IGNORE
 from workbench.models.families import decoder_layers
 from workbench.models.teacher import VLM
 from workbench.steps.batches import Batch
-from workbench.steps.losses import Divergence, token_losses
+from workbench.steps.losses import Divergence, at_once, divergence, token_losses
 from workbench.steps.stages import Stage
 
 # What a batch holds beside the model's inputs.
@@ -70,6 +70,8 @@ class Objective(nn.Module):
             hook = layers[index].register_forward_hook(self._keep(index), with_kwargs=True)
             undo.callback(hook.remove)
         self._tower = _SharedTower(student.model, teacher.model, undo)
+        # The last chunk of tokens has a length of its own at every step.
+        self._apart = torch.compile(divergence, dynamic=True) if compiled else divergence
         for layer in (*layers, *decoder_layers(self.student)) if compiled else ():
             layer.forward = torch.compile(layer.forward, dynamic=False)
             undo.callback(delattr, layer, "forward")
@@ -126,24 +128,36 @@ class Objective(nn.Module):
             return self._teacher[0].base_model(**inputs, use_cache=False).last_hidden_state
 
     def _layer_losses(self, real: Tensor | None, per_token: Tensor) -> Tensor:
-        """(n_mamba_layers,): each on the teacher's input against the teacher's output."""
-        ours = decoder_layers(self.student)
+        """(n_mamba_layers,): each on the teacher's input against the teacher's output.
+
+        One layer's graph at a time stands in memory.
+        """
+        layers = decoder_layers(self.student)
+        if real is not None:
+            real = real.to(self.student.device, torch.float32, non_blocking=True)
         losses = []
         for index, (args, kwargs, output) in sorted(self._calls.items()):
-            given = args[0] if args else kwargs["hidden_states"]
-            got, wanted = (_hidden(t).float() for t in (ours[index](*args, **kwargs), output))
-            if real is None:
-                real = torch.ones(wanted.shape[:2], dtype=torch.bool)
-            weight = real.to(wanted.device, torch.float32, non_blocking=True)
-            if self.stage.layer_kind == "norm":
-                distance = (got - wanted).norm(dim=-1) / wanted.shape[-1] ** 0.5
-                losses.append((distance * weight).sum() * per_token)
-            else:
-                error, added = (
-                    (t.square().sum(-1) * weight).sum() for t in (got - wanted, wanted - given)
-                )
-                losses.append(error / added * weight.sum() * per_token)
+            layer, given = layers[index], args[0] if args else kwargs["hidden_states"]
+
+            def loss(call=(args, kwargs), layer=layer, given=given, output=output) -> Tensor:
+                got = _hidden(layer(*call[0], **call[1]))
+                return self._layer_loss(given, got, _hidden(output), real, per_token)
+
+            losses.append(at_once(loss, layer.parameters()))
         return torch.stack(losses)
+
+    def _layer_loss(
+        self, given: Tensor, got: Tensor, wanted: Tensor, real: Tensor | None, per_token: Tensor
+    ) -> Tensor:
+        got, wanted = got.float(), wanted.float()
+        weight = torch.ones_like(wanted[..., 0]) if real is None else real
+        if self.stage.layer_kind == "norm":
+            distance = (got - wanted).norm(dim=-1) / wanted.shape[-1] ** 0.5
+            return (distance * weight).sum() * per_token
+        error, added = (
+            (t.square().sum(-1) * weight).sum() for t in (got - wanted, wanted - given)
+        )
+        return error / added * weight.sum() * per_token
 
     def _token_losses(
         self, ours: Tensor, theirs: Tensor, where: Places, per_token: Tensor
@@ -159,6 +173,7 @@ class Objective(nn.Module):
             labels,
             kl=kl if stage.kl_weight else None,
             ce=stage.ce_weight * per_token[2] if stage.ce_weight else None,
+            apart=self._apart,
         )
         return losses.total, torch.stack((losses.kl * per_token[0], losses.ce * per_token[2]))
 
