@@ -23,8 +23,9 @@ from workbench.errors import WorkbenchError
 from workbench.models.generation import Answer, answer, stream_answer
 from workbench.models.plan import Plan
 from workbench.models.teacher import VLM, load, load_teacher, save
+from workbench.steps.answers import answers_of
 from workbench.steps.comparison import Comparison, compare
-from workbench.steps.distillation import Run, distill
+from workbench.steps.distillation import Run, Stage, StepRow, distill
 from workbench.steps.evaluation import Evaluation, evaluate
 from workbench.steps.initialization import convert
 from workbench.steps.perplexity import Perplexity, perplexity
@@ -32,8 +33,9 @@ from workbench.steps.profiling import Profile, profile
 from workbench.steps.selection import choose_layers
 
 __all__ = [
-    "VLM", "Answer", "Comparison", "Dataset", "Evaluation", "Perplexity", "Plan", "Profile",
-    "Run", "Sample", "WorkbenchError", "answer", "choose_layers", "compare", "convert", "distill",
-    "evaluate", "load", "load_data", "load_teacher", "perplexity", "profile", "save",
+    "VLM", "Answer", "Comparison", "Dataset", "Evaluation", "Perplexity", "Plan", "Profile", "Run",
+    "Sample", "Stage", "StepRow", "WorkbenchError", "answer", "answers_of", "choose_layers",
+    "compare", "convert", "distill", "evaluate", "load", "load_data", "load_teacher", "perplexity",
+    "profile", "save",
     "stream_answer",
 ]  # fmt: skip

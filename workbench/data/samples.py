@@ -15,18 +15,23 @@ from workbench.data.scenes.scene import Fact
 from workbench.data.text import SUFFIXES, Texts, load_texts
 from workbench.errors import WorkbenchError
 
+HUB = "hub:"
 SAMPLES_PER_FAMILY = {"train": 10_000, "test": 250, "unseen": 250}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A question about one to four pictures, and the answer that counts as right."""
+    """A question about some pictures, and the answer that counts as right.
+
+    `more` are the turns of the conversation that follow, (question, answer): training reads them.
+    """
 
     images: tuple[Image.Image, ...]
     question: str
     answer: str
     family: str
     facts: tuple[Fact, ...] | None = None
+    more: tuple[tuple[str, str], ...] = ()
 
     def score(self, reply: str) -> float:
         """How right `reply` is, in 0..1: exact match, or the share of facts where there are facts.
@@ -62,17 +67,25 @@ class Dataset(Sequence[Sample]):
 
 
 def load_data(
-    name: str = "pocket", *, split: str = "test", limit: int | None = None, seed: int = 0
+    name: str | Path = "pocket",
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    images: str | Path | None = None,
 ) -> Dataset | Texts:
-    """A data set by name, or the texts in a file or folder.
+    """A data set by name, or from a file.
 
     Args:
-        name: "pocket" (generated graphics, eight families), "easy-vqa" (the PyPI package), or the
-            path of a .txt or .jsonl file or of a folder with such files, which have no splits.
+        name: "pocket" (generated graphics, eight families); "easy-vqa" (the PyPI package); the path
+            of a .json file of LLaVA-style conversations; the path of a .txt or .jsonl file of texts
+            or of a folder with such files, which have no splits; or "hub:NAME", a data set of the
+            Hugging Face hub, which needs the package `datasets`.
         split: "train", "test", or for "pocket" also "unseen": drawings, flags and words that no
             model of the workbench was ever trained on.
         limit: at most this many samples; None for all.
-        seed: another world of generated scenes; easy-VQA is shuffled by it.
+        seed: another world of generated scenes; what is not generated is shuffled by it.
+        images: the folder of a .json file's pictures; None is where the file is.
 
     Returns:
         A `Dataset`, whose samples are made lazily, or `Texts`.
@@ -88,12 +101,20 @@ def load_data(
         return _pocket(split, limit, seed)
     if name == "easy-vqa":
         return _easy_vqa(split, limit, seed)
+    if str(name).startswith(HUB):
+        from workbench.data.hub import load_hub
+
+        return load_hub(str(name).removeprefix(HUB), split=split, limit=limit, seed=seed)
     path = Path(name).expanduser()
+    if path.suffix == ".json":
+        from workbench.data.conversations_json import load_conversations
+
+        return load_conversations(name, images=images, limit=limit, seed=seed)
     if path.is_dir() or path.suffix in SUFFIXES:
         return load_texts(path, limit=limit)
     raise WorkbenchError(
-        f"There is no data set named {name!r}. Choose 'pocket' or 'easy-vqa', "
-        "or give a .txt or .jsonl file."
+        f"There is no data set named {str(name)!r}. Choose 'pocket' or 'easy-vqa', or give a .json "
+        f"file of conversations, a .txt or .jsonl file, or {HUB}NAME for one of the hub."
     )
 
 

@@ -1,0 +1,116 @@
+"""Several processes: the same weights in each, and those of one process with the joint batch."""
+
+import multiprocessing
+import os
+import socket
+import sys
+
+import pytest
+import tiny
+import torch
+from trainees import PLAN, samples, tensors
+
+from workbench.errors import WorkbenchError
+from workbench.steps.distillation import Stage, distill
+from workbench.steps.initialization import convert
+from workbench.steps.parallel import Processes, own_device
+
+# Not the relative layer loss: it measures each batch by a scale of its own.
+STAGES = [
+    Stage("align", 3, layer_weight=1, layer_kind="norm", trains="mixers"),
+    Stage("distill", 3, layer_weight=0.5, layer_kind="norm", kl_weight=1, ce_weight=0.1),
+]
+
+
+def train(batch_size, **options):
+    teacher = tiny.vlm()
+    student = convert(teacher, PLAN)
+    mixed = [*samples(6), *samples(2, n_images=0)]  # the last two leave the projector alone
+    run = distill(student, teacher, mixed, recipe=STAGES, batch_size=batch_size, **options)
+    return tensors(student), run
+
+
+def apart(one, other):
+    """Distance of two students, as a share of how far training moved the second.
+
+    Single elements differ: AdamW's first step has the sign of a gradient, even of one that is 0 but
+    for rounding.
+    """
+    start = tensors(convert(tiny.vlm(), PLAN))
+
+    def norm(left, right):
+        return sum((left[n] - right[n]).float().square().sum() for n in left).sqrt()
+
+    return norm(one, other) / norm(other, start)
+
+
+def train_as(rank, count, port, folder, tell):
+    environment = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    torch.set_num_threads(1)
+    weights, run = train(2, folder=folder)
+    torch.save((weights, run.rows), folder / f"rank-{rank}.pt")
+    tell.send(Processes().count)
+
+
+def test_two_processes_do_what_one_does_with_the_joint_batch(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_parallel"])
+    hear, tell = context.Pipe(duplex=False)
+    both = [
+        context.Process(target=train_as, args=(rank, 2, port, tmp_path, tell)) for rank in (0, 1)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert hear.recv() == hear.recv() == 2
+    (first, rows), (second, others) = (
+        torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)
+    )
+    whole, run = train(4)
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+    assert apart(first, whole) < 0.02
+    for row, other, alone in zip(rows, others, run.rows, strict=True):
+        assert row.loss == other.loss == pytest.approx(alone.loss, rel=1e-4)
+        assert row.layer_losses == pytest.approx(alone.layer_losses, rel=1e-4)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000006"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_accumulated_batches_count_as_one():
+    whole, run = train(4)
+    parts, again = train(2, accumulate=2)
+    assert apart(parts, whole) < 0.02
+    for row, alone in zip(again.rows, run.rows, strict=True):
+        assert row.loss == pytest.approx(alone.loss, rel=1e-4)
+
+
+def test_one_process_needs_no_accelerator(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    alone = Processes()
+    alone.check_device(torch.device("meta"))
+    assert (alone.count, alone.rank, alone.any(True), alone.any(False)) == (1, 0, True, False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert own_device() == "cuda:1"
+
+
+def test_a_model_on_another_device_than_its_process_is_refused():
+    class Elsewhere:
+        device, process_index = torch.device("cuda", 1), 1
+
+    processes = Processes()
+    processes._accelerator = Elsewhere()
+    with pytest.raises(WorkbenchError, match="Process 1 works on cuda:1, but its models are on c"):
+        processes.check_device(torch.device("cuda", 0))
+    processes.check_device(torch.device("cuda", 1))

@@ -1,0 +1,61 @@
+"""What the teacher itself answers, as targets to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from workbench.data import Dataset, Sample
+from workbench.errors import WorkbenchError
+from workbench.models.generation import answer_batch
+from workbench.models.teacher import VLM
+
+AT_ONCE = 16  # batches whose pictures are in memory together
+
+
+def answers_of(
+    teacher: VLM,
+    data: Sequence[Sample],
+    *,
+    limit: int | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 96,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """The samples with the teacher's greedy reply in place of their answer.
+
+    A student that learns from these hears its teacher's own words, which is what the divergence
+    asks of it, and no data set's. Later turns fall away; so do samples with an empty reply.
+
+    Args:
+        teacher: who is asked.
+        data: samples, such as a `Dataset`.
+        limit: at most this many.
+        batch_size: questions answered at once.
+        max_new_tokens: a reply ends here at the latest.
+        on_progress: called with (answered, all).
+
+    Raises:
+        WorkbenchError: there is no sample, or no reply.
+    """
+    n = len(data) if limit is None else min(limit, len(data))
+    if n < 1:
+        raise WorkbenchError("There is no sample to ask: the data set is empty.")
+    replies: list[str] = []
+    for start in range(0, n, AT_ONCE * batch_size):
+        some = [data[i] for i in range(start, min(n, start + AT_ONCE * batch_size))]
+        replies += answer_batch(
+            teacher, some, max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
+        if on_progress is not None:
+            on_progress(len(replies), n)
+    answered = [i for i, reply in enumerate(replies) if reply]
+    if not answered:
+        raise WorkbenchError(f"{teacher.name} gave no reply to any of {n} samples.")
+
+    def make(index: int) -> Sample:
+        place = answered[index]
+        return replace(data[place], answer=replies[place], facts=None, more=())
+
+    name = f"{getattr(data, 'name', 'samples')}, answered by {teacher.name}"
+    return Dataset(name, getattr(data, "families", ()), make, len(answered))
