@@ -6,8 +6,8 @@ import math
 import pytest
 import tiny
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from trainees import PLAN, same, samples, tensors
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from workbench.data import Sample, load_data
 from workbench.errors import WorkbenchError

@@ -1,9 +1,9 @@
 """Distil the pocket hybrids from the pocket teacher, one after the other.
 
-    python -m benchmarks.pocket.train_hybrids --teacher FOLDER --out FOLDER 12.5:60 25:80 50:120
+    python -m benchmarks.pocket.train_hybrids --out FOLDER 25:120 12.5:80 50:120 100:200
 
 Each is made by the library's own verbs, choose_layers(even), convert(init) and distill, from the
-teacher alone. Writes a delta and the curve of each hybrid.
+teacher alone, in so many seconds. Writes a delta and the curve of each hybrid.
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ import torch
 from torch.utils.data import DataLoader
 
 import workbench as wb
-from workbench.data.conversations import Encoder, TrainingBatches
-from workbench.models.delta import save_delta
+from workbench.data.conversations import MIXTURE, Encoder, TrainingBatches
+from workbench.models.delta import load_delta, save_delta
+from workbench.steps.stages import RECIPES, Stage
+
+WARM_UP, TIMED = 8, 16  # steps of each stage of the throw-away student that tells the speed
+# What the teacher itself finds hard is where a student falls behind.
+HARD = {"count": 4.0, "grid": 2.5, "word": 2.0, "letters": 1.0, "describe": 0.5, "flag": 0.5}
 
 
 def on_gpu() -> bool:
@@ -27,28 +32,49 @@ def on_gpu() -> bool:
 
 def batches(teacher: wb.VLM, args: argparse.Namespace) -> DataLoader:
     """Endless training conversations, other ones than the teacher saw."""
-    encoder = Encoder(teacher.processor.tokenizer)
-    data = TrainingBatches(encoder, args.batch, seed=args.seed + 1000)
+    data = TrainingBatches(
+        Encoder(teacher.processor.tokenizer), args.batch, seed=args.seed + 1000,
+        mixture=MIXTURE | HARD, several_every=args.several_every,
+    )  # fmt: skip
     return DataLoader(data, batch_size=None, num_workers=args.workers, pin_memory=on_gpu())
 
 
-def steps_in(seconds: float, plan: wb.Plan, teacher: wb.VLM, args: argparse.Namespace) -> int:
-    """How many steps fit: a throw-away student is compiled and timed over its last steps."""
-    student = wb.convert(teacher, plan, init=args.init)
-    run = wb.distill(
-        student, teacher, batches(teacher, args), steps=36, compile_layers=on_gpu(), log_every=12
-    )
-    step_seconds = (run.rows[-1].seconds - run.rows[-2].seconds) / 12
-    return max(1, int((seconds - run.seconds) / step_seconds))
+def stages_of(args: argparse.Namespace) -> tuple[Stage, ...]:
+    """The recipe; what goes on from an earlier run needs its last stage only."""
+    return RECIPES[args.recipe][-1:] if args.start else RECIPES[args.recipe]
+
+
+def started(teacher: wb.VLM, plan: wb.Plan, args: argparse.Namespace) -> wb.VLM:
+    """The student before training: converted, or what an earlier run left."""
+    if args.start:
+        model = load_delta(teacher.model, Path(args.start) / f"hybrid-{100 * plan.ratio:g}")
+        return wb.VLM(f"{teacher.name}-{100 * plan.ratio:g}", model, teacher.processor, plan)
+    return wb.convert(teacher, plan, init=args.init, seed=args.seed)
+
+
+def steps_in(seconds: float, teacher: wb.VLM, plan: wb.Plan, args: argparse.Namespace) -> int:
+    """How many steps fit: each stage of a throw-away student is compiled and timed."""
+    student, total = started(teacher, plan, args), 0.0
+    stages = stages_of(args)
+    for stage in stages:
+        run = wb.distill(
+            student, teacher, batches(teacher, args), recipe=[stage], steps=WARM_UP + TIMED,
+            compile_layers=on_gpu(), log_every=WARM_UP,
+        )  # fmt: skip
+        step_seconds = (run.rows[-1].seconds - run.rows[0].seconds) / TIMED
+        print(f"{student.name} {stage.name}: {1e3 * step_seconds:.0f} ms a step", flush=True)
+        total += stage.steps * step_seconds
+        seconds -= run.seconds
+    return max(len(stages), int(seconds * sum(s.steps for s in stages) / total))
 
 
 def train_hybrid(teacher: wb.VLM, percent: float, seconds: float, args: argparse.Namespace) -> None:
     """Convert, distil, save."""
     plan = wb.choose_layers(teacher, ratio=percent / 100)
-    steps = args.steps or steps_in(seconds, plan, teacher, args)
-    student = wb.convert(teacher, plan, init=args.init, seed=args.seed)
+    steps = args.steps or steps_in(seconds, teacher, plan, args)
+    student = started(teacher, plan, args)
     run = wb.distill(
-        student, teacher, batches(teacher, args), steps=steps, lr=args.lr,
+        student, teacher, batches(teacher, args), recipe=stages_of(args), steps=steps, lr=args.lr,
         compile_layers=on_gpu(), log_every=args.log_every,
         on_step=lambda row: print(f"{percent} {row}", flush=True),
     )  # fmt: skip
@@ -66,15 +92,19 @@ def main() -> None:
     parser.add_argument("hybrids", nargs="+", help="percent:seconds, such as 25:80")
     parser.add_argument("--teacher", default="pocket", help="name or folder of the teacher")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--init", default="matvlm")
+    parser.add_argument("--init", default="calibrated")
+    parser.add_argument("--start", help="folder of an earlier run, to go on from its hybrids")
+    parser.add_argument("--recipe", default="workbench")
     parser.add_argument("--steps", type=int, help="exactly so many, whatever the seconds")
-    parser.add_argument("--batch", type=int, default=256, help="pictures a step")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=128, help="pictures a step")
+    parser.add_argument("--several-every", type=int, default=8, help="batches of several pictures")
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
+    torch.set_num_threads(4)  # the loader's workers need the other cores
     # Every layer compiles on its own: two shapes, with and without gradients, Mamba-2 or not.
     torch._dynamo.config.recompile_limit = 64
     teacher = wb.load_teacher(args.teacher, device="cuda" if on_gpu() else "cpu")
