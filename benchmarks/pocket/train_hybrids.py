@@ -16,11 +16,11 @@ import torch
 from torch.utils.data import DataLoader
 
 import workbench as wb
+from benchmarks.timing import steps_in
 from workbench.data.conversations import MIXTURE, Encoder, TrainingBatches
 from workbench.models.delta import load_delta, save_delta
 from workbench.steps.stages import RECIPES, Stage
 
-WARM_UP, TIMED = 8, 16  # steps of each stage of the throw-away student that tells the speed
 # What the teacher itself finds hard is where a student falls behind.
 HARD = {"count": 4.0, "grid": 2.5, "word": 2.0, "letters": 1.0, "describe": 0.5, "flag": 0.5}
 
@@ -52,30 +52,23 @@ def started(teacher: wb.VLM, plan: wb.Plan, args: argparse.Namespace) -> wb.VLM:
     return wb.convert(teacher, plan, init=args.init, seed=args.seed)
 
 
-def steps_in(seconds: float, teacher: wb.VLM, plan: wb.Plan, args: argparse.Namespace) -> int:
-    """How many steps fit: each stage of a throw-away student is compiled and timed."""
-    student, total = started(teacher, plan, args), 0.0
-    stages = stages_of(args)
-    for stage in stages:
-        run = wb.distill(
-            student, teacher, batches(teacher, args), recipe=[stage], steps=WARM_UP + TIMED,
-            compile_layers=on_gpu(), log_every=WARM_UP,
-        )  # fmt: skip
-        step_seconds = (run.rows[-1].seconds - run.rows[0].seconds) / TIMED
-        print(f"{student.name} {stage.name}: {1e3 * step_seconds:.0f} ms a step", flush=True)
-        total += stage.steps * step_seconds
-        seconds -= run.seconds
-    return max(len(stages), int(seconds * sum(s.steps for s in stages) / total))
+def trained(student: wb.VLM, teacher: wb.VLM, args: argparse.Namespace, **more) -> wb.Run:
+    """`wb.distill` with what every run here shares."""
+    return wb.distill(
+        student, teacher, batches(teacher, args), lr=args.lr, compile_layers=on_gpu(), **more
+    )
 
 
 def train_hybrid(teacher: wb.VLM, percent: float, seconds: float, args: argparse.Namespace) -> None:
     """Convert, distil, save."""
     plan = wb.choose_layers(teacher, ratio=percent / 100)
-    steps = args.steps or steps_in(seconds, teacher, plan, args)
+    steps = args.steps or steps_in(
+        seconds, stages_of(args), lambda: started(teacher, plan, args),
+        lambda student, **how: trained(student, teacher, args, **how),
+    )  # fmt: skip
     student = started(teacher, plan, args)
-    run = wb.distill(
-        student, teacher, batches(teacher, args), recipe=stages_of(args), steps=steps, lr=args.lr,
-        compile_layers=on_gpu(), log_every=args.log_every,
+    run = trained(
+        student, teacher, args, recipe=stages_of(args), steps=steps, log_every=args.log_every,
         on_step=lambda row: print(f"{percent} {row}", flush=True),
     )  # fmt: skip
     folder = Path(args.out) / f"hybrid-{percent:g}"
@@ -96,7 +89,7 @@ def main() -> None:
     parser.add_argument("--start", help="folder of an earlier run, to go on from its hybrids")
     parser.add_argument("--recipe", default="workbench")
     parser.add_argument("--steps", type=int, help="exactly so many, whatever the seconds")
-    parser.add_argument("--batch", type=int, default=128, help="pictures a step")
+    parser.add_argument("--batch", type=int, default=512, help="pictures a step")
     parser.add_argument("--several-every", type=int, default=8, help="batches of several pictures")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--workers", type=int, default=14)

@@ -21,12 +21,11 @@ import torch
 import workbench as wb
 from benchmarks.smollm2.chats import write_chats
 from benchmarks.smollm2.corpus import HELDOUT
+from benchmarks.timing import steps_in
 from workbench.data.text import TextBatches, TokenIds, encode_chats, load_texts, read_ids
 from workbench.models import smollm2
 from workbench.models.delta import load_delta, save_delta
 from workbench.models.hybrid import plan_of
-
-WARM_UP, TIMED = 24, 12  # steps of the throw-away student that tells how long a step takes
 
 
 def on_gpu() -> bool:
@@ -79,22 +78,15 @@ def distilled(
 ) -> wb.Run:
     """`wb.distill` with what every run here shares."""
     return wb.distill(
-        student, teacher, data, lr=args.lr, layer_weight=args.layer_weight,
-        compile_layers=on_gpu() and not args.eager, seed=args.seed, **more,
+        student, teacher, data, lr=args.lr, seed=args.seed,
+        compile_layers=on_gpu() and not args.eager, **more,
     )  # fmt: skip
 
 
-def steps_in(
-    seconds: float, teacher: wb.VLM, plan: wb.Plan, data: Mixture, args: argparse.Namespace
-) -> int:
-    """How many steps fit, by the last steps of a throw-away student, whose time counts, too."""
-    student = wb.convert(teacher, plan, init=args.init, calibration=data)
-    run = distilled(student, teacher, data, args, steps=WARM_UP + TIMED, log_every=TIMED)
-    step_seconds = (run.rows[-1].seconds - run.rows[-2].seconds) / TIMED
-    steps = max(1, int((seconds - run.seconds) / step_seconds))
-    speed = args.batch * args.context / step_seconds
-    print(f"{step_seconds * 1e3:.0f} ms a step, {speed:,.0f} tokens/s: {steps} steps", flush=True)
-    return steps
+def started(teacher: wb.VLM, plan: wb.Plan, data: Mixture, args: argparse.Namespace) -> wb.VLM:
+    """The student before training, calibrated on a few sequences of its training data."""
+    some = ({name: t[:12] for name, t in batch.items()} for batch in data)
+    return wb.convert(teacher, plan, init=args.init, calibration=some, seed=args.seed)
 
 
 def train_hybrid(
@@ -150,7 +142,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--gguf", help="read the teacher from this file instead")
     parser.add_argument("--heldout", default=str(HELDOUT), help="folder of held-out texts")
     parser.add_argument("--heldout-limit", type=int, help="documents; all of them by default")
-    parser.add_argument("--init", default="matvlm")
+    parser.add_argument("--init", default="calibrated")
+    parser.add_argument("--recipe", default="workbench")
     parser.add_argument("--steps", type=int, help="exactly so many, whatever the seconds")
     parser.add_argument("--batch", type=int, default=32, help="sequences a step")
     parser.add_argument("--context", type=int, default=1024, help="tokens a sequence")
@@ -158,8 +151,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=2000, help="chats that the teacher writes")
     parser.add_argument("--answer-tokens", type=int, default=200, help="longest answer in a chat")
     parser.add_argument("--chat-batch", type=int, default=512)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--layer-weight", type=float, default=1.0)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--log-every", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
