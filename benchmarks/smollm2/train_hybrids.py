@@ -79,7 +79,7 @@ def distilled(
 ) -> wb.Run:
     """`wb.distill` with what every run here shares."""
     return wb.distill(
-        student, teacher, data, lr=args.lr, layer_weight=args.layer_weight,
+        student, teacher, data, lr=args.lr, recipe=args.recipe,
         compile_layers=on_gpu() and not args.eager, seed=args.seed, **more,
     )  # fmt: skip
 
@@ -159,7 +159,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--answer-tokens", type=int, default=200, help="longest answer in a chat")
     parser.add_argument("--chat-batch", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--layer-weight", type=float, default=1.0)
+    parser.add_argument("--recipe", default="workbench", help="workbench, or matvlm, the paper's")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--log-every", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
