@@ -8,6 +8,8 @@ its loss and its gradient, and leaves only the gradient of the hidden states beh
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -47,7 +49,8 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Turn final hidden states (..., d_model) into logits (..., vocab), as `model(...)` does."""
     logits, config = model.get_output_embeddings()(hidden), text_config(model)
     factor, divisor, cap = (
-        getattr(config, name, None)  # cohere2, granite; and gemma2, gemma3 and paligemma
+        getattr(config, name, None) if _reads(type(model), name) else None
+        # of cohere2; of granite; of gemma2, gemma3 and paligemma
         for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
     )
     if factor is not None:
@@ -55,6 +58,12 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     if divisor is not None:
         logits = logits / divisor
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+@functools.cache
+def _reads(model_class: type[PreTrainedModel], name: str) -> bool:
+    """Whether a model's forward reads a setting: one around another's decoder may not."""
+    return name in inspect.getsource(inspect.unwrap(model_class.forward))
 
 
 def divergence(student: Tensor, teacher: Tensor, kind: str, temperature: float) -> Tensor:
