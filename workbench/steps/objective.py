@@ -18,7 +18,7 @@ from workbench.steps.losses import Divergence, at_once, divergence, token_losses
 from workbench.steps.stages import Stage
 
 # What a batch holds beside the model's inputs.
-NO_INPUTS = ("labels", "real", "text_tokens", "token_type_ids")
+NO_INPUTS = ("labels", "real", "text_tokens")
 
 
 class Places(NamedTuple):
