@@ -1,4 +1,4 @@
-"""One distillation step in every family: whatever a family's layers are called with is passed on."""
+"""One distillation step in every family: what a family passes to its layers is passed on."""
 
 import math
 from contextlib import ExitStack

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -14,6 +15,7 @@ from workbench.models.hybrid import mixers
 from workbench.models.teacher import load, save
 from workbench.steps import headless
 from workbench.steps.headless import distill_from, read_settings
+from workbench.steps.stages import stage_from_dict
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +165,11 @@ def test_a_hybrid_can_be_trained_further(tmp_path, settings):
     distill_from(more)
     after = tensors(load(tmp_path / "more" / "model"))
     assert not same(before, after)
+
+
+def test_the_settings_in_the_readme_are_settings(tmp_path):
+    text = (tiny.HOUSE / "README.md").read_text()
+    example = re.search(r"```json\n(.*?)```", text, re.S)[1]
+    (tmp_path / "settings.json").write_text(example)
+    settings = read_settings(tmp_path / "settings.json")
+    assert [stage_from_dict(stage).name for stage in settings["stages"]] == ["align", "distill"]
