@@ -177,7 +177,7 @@ print(converted)
 pictures = wb.load_data("pocket", split="train")
 lesson = [s for s in pictures[:16] if len(s.images) == 1][:8]
 run = wb.distill(
-    student, teacher, lesson, steps=8, batch_size=4, log_every=2,
+    student, teacher, lesson, recipe="matvlm", steps=8, batch_size=4, log_every=2,
     on_step=lambda row: print(f"step {row.step}: layer loss {row.layer_loss:.3f}, "
                               f"KL {row.kl_nats:.3f} nats a token, {row.seconds:.0f} s"),
 )  # fmt: skip
