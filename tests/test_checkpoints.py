@@ -122,6 +122,16 @@ def train_and_tell(folder, told):
     told.send("done")
 
 
+@pytest.fixture
+def one_thread():
+    """Sums over several threads round as the threads divide them: bits need the same number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_after_kill_9_at_any_moment_the_run_ends_as_if_unbroken(teacher, tmp_path, monkeypatch):
     # The server does not take over sys.path, and would leave each import to every process.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
