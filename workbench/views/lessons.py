@@ -16,8 +16,8 @@ def versions() -> str:
     )
 
 
-def check(exercise: str, *claims: tuple[Callable[[], object], str]) -> bool:
-    """Check the answer to an exercise, claim after claim, and print what to do about the first gap.
+def check(exercise: str, *claims: tuple[Callable[[], object], str]) -> None:
+    """Check the answer to an exercise, claim after claim; print ✓, or how to mend the first gap.
 
     Nothing is raised, so "Run all" goes on to the end.
 
@@ -25,9 +25,6 @@ def check(exercise: str, *claims: tuple[Callable[[], object], str]) -> bool:
         exercise: its name, such as "Exercise 1".
         claims: each a function that is true for a right answer, and a sentence that helps when it
             is not, or when it fails.
-
-    Returns:
-        Whether every claim holds.
     """
     for holds, advice in claims:
         try:
@@ -37,6 +34,5 @@ def check(exercise: str, *claims: tuple[Callable[[], object], str]) -> bool:
             right, said = False, f" ({type(error).__name__}: {first})"
         if not right:
             print(f"✗ {exercise}: {advice}{said}")
-            return False
+            return
     print(f"✓ {exercise}: right.")
-    return True
