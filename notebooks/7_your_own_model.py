@@ -160,7 +160,7 @@ print(f"largest difference {gqa_error:.1e}")
 # ## Teach it, on your own text
 #
 # `load_data` takes a folder of `.txt` files. How many tokens a model hesitates between, on average,
-# is its **perplexity**: $e^{\text{nats a token}}$ (`wb.perplexity` measures it on texts kept aside).
+# is its **perplexity**: $e^{\text{nats a token}}$ (`wb.perplexity` measures it on other texts).
 
 # %%
 texts = wb.load_data(LICENCES)

@@ -61,11 +61,9 @@ def place(source: Path, version: str) -> Path:
 def client(notebook: NotebookNode, **options: object) -> NotebookClient:
     """What runs a notebook in the folder of the lessons, with this checkout's workbench."""
     paths = [str(HOUSE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(":".join(paths).split(":")))
-    return NotebookClient(
-        notebook, timeout=CELL_LIMIT_S, kernel_name="python3", store_widget_state=False,
-        resources={"metadata": {"path": str(HERE)}}, **options,
-    )  # fmt: skip
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    fixed = {"timeout": CELL_LIMIT_S, "kernel_name": "python3", "store_widget_state": False}
+    return NotebookClient(notebook, resources={"metadata": {"path": str(HERE)}}, **fixed | options)
 
 
 def still(notebook: NotebookNode) -> None:

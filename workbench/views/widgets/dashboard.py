@@ -93,6 +93,9 @@ class Dashboard(Panel):
             return
         if self.options.get("folder") is None:
             self.rows = []
+        elif self.state == "done":
+            self.say("This run is complete. Another folder, or more steps, make a new dashboard.")
+            return
         self._ask_to_stop.clear()
         self._may_go.set()
         self._show("running")
