@@ -40,11 +40,13 @@ def lab(tmp_path_factory):
     (home / "work").mkdir()
     nbformat.write(until(("layers", "\npicker")), home / "work" / "layers.ipynb")
     nbformat.write(until(("distilling", "\ndashboard")), home / "work" / "distilling.ipynb")
-    quiet = home / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
-    quiet.mkdir(parents=True)
-    (quiet / "notification.jupyterlab-settings").write_text(
-        json.dumps({"fetchNews": "false", "checkForUpdates": False})
-    )
+    for extension, name, settings in (
+        ("apputils", "notification", {"fetchNews": "false", "checkForUpdates": False}),
+        ("notebook", "tracker", {"windowingMode": "none"}),  # cells out of sight are there, too
+    ):
+        folder = home / "config/lab/user-settings/@jupyterlab" / f"{extension}-extension"
+        folder.mkdir(parents=True)
+        (folder / f"{name}.jupyterlab-settings").write_text(json.dumps(settings))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -105,7 +107,7 @@ def run_all(lab, browser):
         page.set_default_timeout(PATIENCE_MS)
         page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
         page.wait_for_selector(".jp-Notebook .jp-Cell")
-        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+        wait_for_kernel(lab, name)
         page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
         page.locator(".lm-Menu-item", has_text=re.compile("^Run All Cells$")).first.click()
         return page
@@ -113,6 +115,18 @@ def run_all(lab, browser):
     yield open_one
     for context in contexts:
         context.close()
+
+
+def wait_for_kernel(lab, name):
+    """Wait until the notebook's kernel is up: JupyterLab calls one idle that is not there yet."""
+    end = time.monotonic() + PATIENCE_MS / 1000
+    while time.monotonic() < end:
+        sessions = json.load(urlopen(f"{lab}/api/sessions", timeout=30))
+        mine = [s["kernel"] for s in sessions if s["path"] == f"{name}.ipynb"]
+        if mine and mine[0]["execution_state"] == "idle" and mine[0]["connections"]:
+            return
+        time.sleep(0.3)
+    raise AssertionError("the kernel did not start")
 
 
 def drawn(page):
