@@ -14,7 +14,7 @@ _SVG = (
     'max-width:{width}px;height:auto;font:12px {font};color:inherit;overflow:visible">'
     "{inside}</svg>"
 )
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 26, 40
+LEFT, RIGHT, TOP, BOTTOM = 70, 12, 26, 40
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def bars(rows: Sequence[Bar], title: str, *, width: int = 480, top: float | None
         width: in pixels, at most.
         top: the value of a full bar; None is the largest.
     """
-    name_width = min(190, 8 + max((len(row.name) for row in rows), default=0) * 7)
+    name_width = min(230, 16 + max((len(row.name) for row in rows), default=0) * 8)
     most = top or max((abs(row.value) for row in rows), default=1) or 1
     room = width - name_width - 90
     inside = _text(0, 14, title, faint=True)
@@ -142,13 +142,15 @@ def cells(chosen: Sequence[int], n: int, heights: Sequence[float] | None = None)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a table; the first column to the left, the others to the right."""
-    where = 'style="text-align:{};vertical-align:top;padding:2px 12px 2px 0"'
+    """Write a table; numbers to the right, the first column and prose to the left."""
+    where = 'style="text-align:{};vertical-align:top;padding:2px 14px 2px 0;line-height:1.4"'
 
     def line(cells: Sequence[str], tag: str) -> str:
+        shown = [str(cell) for cell in cells]
+        sides = ["right" if i and len(cell) < 24 else "left" for i, cell in enumerate(shown)]
         return "".join(
-            f"<{tag} {where.format('right' if i else 'left')}>{escape(str(cell))}</{tag}>"
-            for i, cell in enumerate(cells)
+            f"<{tag} {where.format(side)}>{escape(cell)}</{tag}>"
+            for side, cell in zip(sides, shown, strict=True)
         )
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
@@ -158,8 +160,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def side_by_side(*parts: str) -> str:
     """Set parts next to each other where the page is wide enough, else one under the other."""
-    boxes = "".join(f'<div style="flex:1 1 320px;min-width:0">{part}</div>' for part in parts)
-    return f'<div style="display:flex;flex-wrap:wrap;gap:8px 28px;font-family:{FONT}">{boxes}</div>'
+    boxes = "".join(f'<div style="flex:1 1 380px;min-width:0">{part}</div>' for part in parts)
+    style = f"display:flex;flex-wrap:wrap;gap:8px 28px;font-family:{FONT};line-height:1.4"
+    return f'<div style="{style}">{boxes}</div>'
 
 
 def _svg(width: float, height: float, label: str, inside: str) -> str:

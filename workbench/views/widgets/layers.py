@@ -77,8 +77,9 @@ class LayerPicker(Panel):
     def _controls(self, first: Plan) -> None:
         style = {"description_width": "initial"}
         self.ratio = ipywidgets.IntSlider(
-            len(first.mamba_layers), 0, self.n_layers, description="Mamba-2 layers", style=style
-        )
+            len(first.mamba_layers), 0, self.n_layers, description="Mamba-2 layers", style=style,
+            layout=ipywidgets.Layout(width="380px"),
+        )  # fmt: skip
         spreads = ["even", "first", "last"] + (["by score"] if self.scores else [])
         self.spread = ipywidgets.Dropdown(options=spreads, description="spread", style=style)
         self.spread.layout.width = "170px"
@@ -87,7 +88,7 @@ class LayerPicker(Panel):
                          | {min(self.length, limit)})  # fmt: skip
         self.tokens = ipywidgets.SelectionSlider(
             options=[(f"{n:,}", n) for n in lengths], value=min(self.length, limit),
-            description="tokens", style=style,
+            description="tokens", style=style, layout=ipywidgets.Layout(width="260px"),
         )  # fmt: skip
         narrow = ipywidgets.Layout(width="38px", padding="0", margin="2px 2px")
         self.buttons = [
@@ -194,10 +195,11 @@ class LayerPicker(Panel):
         left = (
             f"<b>{share} layers mix with Mamba-2 ({plan.ratio:.0%})</b><br>"
             + cells(plan.mamba_layers, self.n_layers, self.scores)
-            + ("<br>height: KL when this layer alone is replaced" if self.scores else "")
+            + ("<small>height: KL when this layer alone is replaced</small>" if self.scores else "")
             + self._table(before, after, found)
         )
-        return side_by_side(left, self._curve(before, after), self._bars(before, after, found))
+        right = self._curve(before, after) + self._bars(before, after, found)
+        return side_by_side(left, right)
 
     def _curve(self, before: Budget, after: Budget) -> str:
         ends = (0, before.length)
