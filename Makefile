@@ -13,13 +13,12 @@ help:    ## this list
 app: $(READY)    ## install if needed, then open the app (PORT=7860 to choose the port)
 	$(BIN)/python app.py $(if $(PORT),--port $(PORT))
 
-lab: $(READY)    ## open the notebooks
+lab: $(READY)    ## open the lessons, the tour first
 	$(BIN)/jupyter lab notebooks/0_tour.ipynb
 
 # JupyterLab draws plotly's figures itself, offline. GitHub and nbconvert do not: for them Chromium adds a PNG.
-notebooks: $(READY)    ## run every notebook again and keep what it shows (needs Chromium)
-	$(BIN)/jupytext -q --to ipynb --update notebooks/*.py
-	PLOTLY_RENDERER=plotly_mimetype+png HF_HUB_OFFLINE=1 $(BIN)/jupyter execute --inplace notebooks/*.ipynb
+notebooks: $(READY)    ## run every lesson again and keep what it shows (needs Chromium; ONLY="2 5" for some)
+	$(BIN)/python notebooks/build.py $(ONLY)
 
 test: $(READY)    ## install if needed, then run every test
 	$(BIN)/python -m pytest

@@ -1,0 +1,105 @@
+"""Make the notebooks from the .py files beside this one, run them, and keep what they show.
+
+    python notebooks/build.py            # all of them
+    python notebooks/build.py 2 5        # those whose names begin so
+
+Each lesson is written once. A cell tagged `exercise` is what a learner gets; the cell tagged
+`solution` after it is what stands there in solutions/. All other cells are the same in both.
+Figures become PNGs too (by Chromium), for pages that run no script, and of a widget the drawing is
+kept and its live state left out.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+HERE = Path(__file__).resolve().parent
+HOUSE = HERE.parent
+WIDGET = "application/vnd.jupyter.widget-view+json"
+EXERCISE, SOLUTION = "exercise", "solution"
+CELL_LIMIT_S = 600  # a lesson's cell should take less than 60 s, but not every machine is idle
+
+
+def sources() -> list[Path]:
+    """Every lesson, the tour first."""
+    return sorted(path for path in HERE.glob("[0-9]*.py"))
+
+
+def has_exercises(source: Path) -> bool:
+    """Whether there is anything to solve, and so a second file."""
+    return any(EXERCISE in tags(cell) for cell in jupytext.read(source).cells)
+
+
+def tags(cell: NotebookNode) -> list[str]:
+    """The tags of a cell."""
+    return cell.metadata.get("tags", [])
+
+
+def write(source: Path, version: str = EXERCISE) -> NotebookNode:
+    """The notebook of a lesson without outputs: with its exercises, or with their solutions."""
+    notebook = jupytext.read(source)
+    other = {EXERCISE: SOLUTION, SOLUTION: EXERCISE}[version]
+    notebook.cells = [cell for cell in notebook.cells if other not in tags(cell)]
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"  # the same at every run
+    notebook.metadata.pop("jupytext", None)
+    return notebook
+
+
+def place(source: Path, version: str) -> Path:
+    """Where the notebook of a lesson stands."""
+    folder = HERE if version == EXERCISE else HERE / "solutions"
+    return folder / source.with_suffix(".ipynb").name
+
+
+def client(notebook: NotebookNode, **options: object) -> NotebookClient:
+    """What runs a notebook in the folder of the lessons, with this checkout's workbench."""
+    paths = [str(HOUSE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    fixed = {"timeout": CELL_LIMIT_S, "kernel_name": "python3", "store_widget_state": False}
+    return NotebookClient(notebook, resources={"metadata": {"path": str(HERE)}}, **fixed | options)
+
+
+def still(notebook: NotebookNode) -> None:
+    """Keep the drawing of each widget, and leave out what needs its live twin, and warnings."""
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        outputs = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
+        for output in outputs:
+            output.get("data", {}).pop(WIDGET, None)
+        if "outputs" in cell:
+            cell["outputs"] = [o for o in outputs if o.output_type == "stream" or o.get("data")]
+
+
+def build(source: Path, version: str) -> Path:
+    """Make one notebook and run it."""
+    notebook, path = write(source, version), place(source, version)
+    client(notebook).execute()
+    still(notebook)
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(notebook, path)
+    return path
+
+
+def main(beginnings: list[str]) -> None:
+    """Build those lessons whose names begin so, or all."""
+    os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype+png")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for source in sources():
+        if beginnings and not source.name.startswith(tuple(beginnings)):
+            continue
+        for version in (EXERCISE, SOLUTION) if has_exercises(source) else (EXERCISE,):
+            start = time.perf_counter()
+            path = build(source, version)
+            took, size = time.perf_counter() - start, path.stat().st_size / 1024
+            print(f"{path.relative_to(HERE)}: {took:.0f} s, {size:.0f} KB", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
