@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from workbench.models.plan import Plan
 from workbench.models.families import decoder_layers
+from workbench.models.plan import Plan
 from workbench.models.teacher import VLM
 from workbench.steps.distillation import distill
 from workbench.steps.initialization import convert
@@ -51,11 +51,7 @@ def align(
     n_layers = len(decoder_layers(teacher.model))
     plan = Plan(n_layers, tuple(range(n_layers)), "all", "aligned once, to take any layers from")
     name = f"{teacher.name}-aligned"
-    donor = convert(
-        teacher, plan, init=init, calibration=calibration, seed=seed, name=name
-    )
+    donor = convert(teacher, plan, init=init, calibration=calibration, seed=seed, name=name)
     stage = Stage("align", steps, layer_weight=1.0, trains="mixers", lr=lr, lr_new=lr)
-    distill(
-        donor, teacher, data, recipe=[stage], batch_size=batch_size, seed=seed, on_step=on_step
-    )
+    distill(donor, teacher, data, recipe=[stage], batch_size=batch_size, seed=seed, on_step=on_step)
     return donor

@@ -30,8 +30,8 @@ RATES = (0.0032, 0.01, 0.032, 0.1, 0.32, 1.0)
 # Weight of the prior in each least-squares fit, relative to the mean square of the features: the
 # prior of a head is "no output", that of the whole layer is what its heads give.
 HEAD_RIDGE, LAYER_RIDGE = 1e-2, 1e-1
-# How much of what the student's stream lacks by now a mixer tries to add.
-CATCH_UP, THIN = 0.0, 1
+# Of the tokens of a picture, which are many and much alike, every so many'th is fitted to.
+THIN = 8
 
 
 def calibrate(student: VLM, teacher: VLM, batch: Batch) -> None:
@@ -45,65 +45,61 @@ def calibrate(student: VLM, teacher: VLM, batch: Batch) -> None:
         teacher: the model that it was built from.
         batch: model inputs, with `real` or `attention_mask` where there is padding.
     """
-    device = teacher.model.device
-    real = batch.get("real", batch.get("attention_mask"))
-    if real is None:
-        real = torch.ones_like(batch["input_ids"])
-    real = real.clone()
-    if THIN > 1:
-        image = batch["input_ids"] == teacher.model.config.image_token_id
-        real &= ~(image & (image.cumsum(1) % THIN != 0))
+    device, fitted = teacher.model.device, _fitted_tokens(teacher, batch)
     names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
     inputs = {name: batch[name].to(device) for name in names if name in batch}
     with ExitStack() as undo, torch.no_grad():
-        march = SideBySide(student, teacher, undo)
+        _side_by_side(student, teacher, undo)
         for index, mixer in mixers(student.model).items():
             attention = decoder_layers(teacher.model)[index].self_attn
-            _Fit(mixer, attention, real.bool().to(device), undo, march)
+            _Fit(mixer, attention, fitted.to(device), undo)
         teacher.model(**inputs, use_cache=False, logits_to_keep=1)
 
 
-class SideBySide:
-    """While the teacher runs, each layer of the student runs just after the teacher's own.
+def _fitted_tokens(teacher: VLM, batch: Batch) -> Tensor:
+    """(batch, seqlen) bool: all real tokens of text, and some of each picture's."""
+    real = batch.get("real", batch.get("attention_mask"))
+    real = torch.ones_like(batch["input_ids"]) if real is None else real
+    image_token = getattr(teacher.model.config, "image_token_id", None)
+    if image_token is None:
+        return real.bool()
+    picture = batch["input_ids"] == image_token
+    return real.bool() & ~(picture & (picture.cumsum(1) % THIN != 1))
+
+
+def _side_by_side(student: VLM, teacher: VLM, undo: ExitStack) -> None:
+    """While the teacher runs, let each layer of the student run just after the teacher's own.
 
     What a model adds to the stream between two layers of the teacher is added to the student's.
-
-    Args:
-        student: a hybrid of the teacher.
-        teacher: whose calls are followed.
-        undo: takes the hooks off again.
     """
+    stream: Tensor | None = None  # the student's, (batch, seqlen, d_model)
+    left: Tensor | None = None  # what the teacher's layer below gave
 
-    def __init__(self, student: VLM, teacher: VLM, undo: ExitStack) -> None:
-        self._stream: Tensor | None = None  # the student's, (batch, seqlen, d_model)
-        self._left: Tensor | None = None  # what the teacher's layer below gave
-        self.behind: Tensor | None = None  # how far the student's stream is from the teacher's
-        first = min(mixers(student.model))
-        ours = decoder_layers(student.model)
-        for index, theirs in enumerate(decoder_layers(teacher.model)):
-            if index >= first:  # below, they are the same
-                hook = theirs.register_forward_hook(self._follow(ours[index]), with_kwargs=True)
-                undo.callback(hook.remove)
-
-    def _follow(self, layer: nn.Module) -> Callable:
+    def follow(layer: nn.Module) -> Callable:
         def hook(theirs: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
+            nonlocal stream, left
             given, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
-            stream = given if self._stream is None else self._stream + (given - self._left)
-            self.behind = given - stream
+            ours = given if stream is None else stream + (given - left)
             call = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-            self._stream, self._left = _hidden(layer(stream, *rest, **call)), _hidden(output)
+            stream, left = _hidden(layer(ours, *rest, **call)), _hidden(output)
 
         return hook
+
+    first, ours = min(mixers(student.model)), decoder_layers(student.model)
+    for index, theirs in enumerate(decoder_layers(teacher.model)):
+        if index >= first:  # below it, they are the same
+            undo.callback(
+                theirs.register_forward_hook(follow(ours[index]), with_kwargs=True).remove
+            )
 
 
 class _Fit:
     """Listens to one attention of the teacher, and fits its mixer when that is called next."""
 
     def __init__(
-        self, mixer: SSMAttention, attention: nn.Module, real: Tensor, undo: ExitStack, march
+        self, mixer: SSMAttention, attention: nn.Module, real: Tensor, undo: ExitStack
     ) -> None:
         self.mixer, self.real = mixer, real
-        self.march = march
         self.out = getattr(mixer, mixer.names.out)
         listeners = (
             getattr(attention, mixer.names.out).register_forward_pre_hook(self._keep_heads),
@@ -131,7 +127,6 @@ class _Fit:
             _fold(self.out, maps)
             mixed = scan.again()[self.real]
             missing = self.wanted - self.out(mixed.to(self.out.weight.dtype)).double()
-            missing = missing + CATCH_UP * self.march.behind[self.real].double()
             _add(self.out, _ridge(mixed.double(), missing, LAYER_RIDGE, maps.intercept))
         self.heads = self.wanted = None
 

@@ -138,7 +138,9 @@ class _Ear:
 
     def row(self, layer: int) -> LayerRow:
         error, ours, theirs, both = self.sums.tolist()
-        return LayerRow(layer, math.sqrt(error / theirs), both / max(1e-30, math.sqrt(ours * theirs)))
+        return LayerRow(
+            layer, math.sqrt(error / theirs), both / max(1e-30, math.sqrt(ours * theirs))
+        )
 
 
 def token_fidelity(
@@ -261,5 +263,3 @@ def finite_batches(
 
 def _joined(rows: list[Batch]) -> Batch:
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-
-

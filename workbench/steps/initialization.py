@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from workbench.data import assets, load_data
+from workbench.data import Sample, assets
+from workbench.data.scenes import FAMILIES, Scene, make_scene
 from workbench.data.text import load_texts
 from workbench.errors import WorkbenchError
 from workbench.models.hybrid import SSMAttention, build_hybrid, mixer_options_of, mixers
@@ -19,6 +21,7 @@ from workbench.steps.batches import as_batches
 from workbench.steps.calibration import calibrate
 
 LICENCES = Path(assets.__file__).parent / "licences"
+N_TALKS, N_FITTED = 32, 12  # sequences of the workbench's own, and those that mixers are fitted to
 
 
 @dataclass(frozen=True)
@@ -119,15 +122,28 @@ def convert(
     student = VLM(name, model, teacher.processor, plan)
     if how.calibrated and plan.mamba_layers:
         data = default_calibration(teacher) if calibration is None else calibration
-        calibrate(student, teacher, next(as_batches(student, data, batch_size=12, seed=seed)))
+        calibrate(student, teacher, next(as_batches(student, data, batch_size=N_FITTED, seed=seed)))
     return student
 
 
-def default_calibration(teacher: VLM) -> Iterable:
-    """Return data that any teacher can read: drawings with questions, or plain English texts."""
-    if hasattr(teacher.model.config, "vision_config"):
-        return load_data("pocket", split="train", limit=12)
-    return load_texts(LICENCES)
+def default_calibration(teacher: VLM) -> Sequence:
+    """Return data that any teacher can read: talks about drawings, or plain English texts."""
+    if not hasattr(teacher.model.config, "vision_config"):
+        return load_texts(LICENCES)
+    families = [name for name in FAMILIES if name != "several"]  # one picture each is cheaper
+    scenes = (
+        (family, make_scene(family, "train", number))
+        for number in range(-(-N_TALKS // len(families)))
+        for family in families
+    )
+    return [_talk(family, scene) for family, scene in islice(scenes, N_TALKS)]
+
+
+def _talk(family: str, scene: Scene) -> Sample:
+    """Every question of a scene, one after the other."""
+    first, *more = scene.turns
+    later = tuple((turn.question, turn.answer) for turn in more)
+    return Sample(scene.images, first.question, first.answer, family, first.facts, later)
 
 
 def _with_mixers_of(donor: VLM, teacher: VLM, plan: Plan, name: str) -> VLM:

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from workbench.errors import WorkbenchError
 from workbench.models.families import check_family, decoder_layers
 from workbench.models.plan import Plan
