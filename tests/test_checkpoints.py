@@ -103,7 +103,9 @@ def test_an_event_or_ctrl_c_stops_within_a_step_and_saves(teacher, tmp_path):
 def test_a_run_in_another_thread_can_be_stopped(teacher):
     event, found = threading.Event(), []
     thread = threading.Thread(
-        target=lambda: found.append(train(teacher, stop=event, on_step=lambda row: event.set())[1])
+        target=lambda: found.append(
+            train(teacher, stop=event, on_step=lambda row: event.set())[1]
+        )
     )
     thread.start()
     thread.join()

@@ -317,6 +317,7 @@ def test_ready_batches_show_what_the_processor_shows(small_pocket):
     assert ready_batch(small_pocket, alone) is alone
 
 
+
 def test_a_plan_of_every_layer_can_be_distilled(teacher):
     student = convert(teacher, choose_layers(teacher, ratio=1))
     run = distill(student, teacher, samples(4), steps=4)
