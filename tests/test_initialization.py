@@ -147,13 +147,14 @@ def test_calibration_leaves_no_trace_on_the_teacher(teacher, monkeypatch):
     assert hooks_of(teacher) == n_hooks
     monkeypatch.setattr(calibration, "_fold", None)  # fails in the middle of the first layer
     student = convert(teacher, PLAN, init="linear")
+    before_fit = hooks_of(student)
     with pytest.raises(TypeError):
         convert(teacher, PLAN, init="calibrated", calibration=samples(2))
     batch = next(initialization.as_batches(teacher, samples(2), batch_size=2, seed=0))
     with pytest.raises(TypeError):
         calibrate(student, teacher, batch)
     assert hooks_of(teacher) == n_hooks
-    assert hooks_of(student) == 0
+    assert hooks_of(student) == before_fit
     assert all("_scan" not in vars(mixer) for mixer in mixers(student.model).values())
     assert same(tensors(teacher), before)
 
@@ -162,14 +163,14 @@ def hooks_of(vlm):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in vlm.model.modules())
 
 
-def test_calibration_changes_decays_and_output_projections_only(teacher):
+def test_calibration_changes_decays_convolutions_and_output_only(teacher):
     start = convert(teacher, PLAN, init="matvlm", options={"rope": True, "bias": True})
     for mixer in mixers(start.model).values():
         mixer.reset_to_pass_through()
     before = tensors(start)
     after = tensors(convert(teacher, PLAN, init="calibrated", calibration=samples(4)))
     changed = {n.split("self_attn.")[1] for n in before if not torch.equal(before[n], after[n])}
-    assert changed == {"A_log", "dense.weight", "dense.bias"}
+    assert changed == {"A_log", "conv1d.weight", "conv1d.bias", "dense.weight", "dense.bias"}
     rates = [r for n, t in after.items() if n.endswith("A_log") for r in t.exp().tolist()]
     assert all(min(abs(r - known) for known in calibration.RATES) < 1e-6 for r in rates)
 
@@ -226,11 +227,36 @@ def test_folding_a_map_into_the_output_is_exact(intercept):
     y = torch.randn(50, 3, 4, dtype=torch.double)
     wanted = torch.randn(50, 3, 4, dtype=torch.double)
     maps = calibration._HeadMaps(3, intercept)
-    maps.offer(0.1, y, wanted)
-    mapped = [y[:, h] @ maps.maps[h][:-1] + maps.maps[h][-1] for h in range(3)]
-    expected = out(torch.cat(mapped, -1))
-    calibration._fold(out, maps)
+    maps.offer((1.0, 0.0), 0.1, y, wanted)
+    solved = [head.solved for head in maps.best()[1]]
+    expected = out(torch.cat([y[:, h] @ solved[h][:-1] + solved[h][-1] for h in range(3)], -1))
+    calibration._fold(out, solved)
     assert torch.allclose(out(y.flatten(1)), expected, atol=1e-12)
+
+
+def test_heads_that_share_keys_share_their_shape():
+    def told(*errors):
+        return [calibration._Head(e, rate, None) for rate, e in enumerate(errors)]
+
+    maps = calibration._HeadMaps(2, True)
+    maps.found = {(1.0, 0.0): told(5, 1, 2, 2), (3.0, 1.0): told(1, 4, 3, 3)}
+    shapes, heads = maps.best()
+    assert shapes == [(3.0, 1.0), (1.0, 0.0)]
+    assert [head.error for head in heads] == [1, 4, 2, 2]
+
+
+def test_keys_and_queries_are_shaped_head_by_head(llama):
+    mixer = mixers(convert(llama, PLAN, init="linear").model)[0]
+    with torch.no_grad():
+        calibration._shape(mixer, [(2.0, 1.0), (5.0, 3.0)])
+    weights, biases = mixer.conv1d.weight[:, 0, -1], mixer.conv1d.bias
+    (x, *weights), (x_bias, *biases) = (t.split(mixer.config.widths) for t in (weights, biases))
+    assert (x == 1).all()
+    assert (x_bias == 0).all()
+    for channels, values in zip((*weights, *biases), 2 * [(2, 5)] + 2 * [(1, 3)], strict=True):
+        first, second = channels.chunk(2)
+        assert (first == values[0]).all()
+        assert (second == values[1]).all()
 
 
 def test_a_ridge_without_penalty_is_least_squares():
