@@ -163,7 +163,7 @@ def hooks_of(vlm):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in vlm.model.modules())
 
 
-def test_calibration_changes_decays_convolutions_and_output_only(teacher):
+def test_calibration_changes_decays_features_and_output_only(teacher):
     start = convert(teacher, PLAN, init="matvlm", options={"rope": True, "bias": True})
     for mixer in mixers(start.model).values():
         mixer.reset_to_pass_through()
@@ -176,7 +176,6 @@ def test_calibration_changes_decays_convolutions_and_output_only(teacher):
 
 
 def test_a_later_mixer_is_fitted_to_what_the_student_gives_it(teacher):
-    """Layer 3 is fitted after layer 0, so it must not be as if it were fitted alone."""
     alone, after = (
         tensors(convert(teacher, Plan(4, layers), init="calibrated", calibration=samples(4)))
         for layers in ((3,), (0, 3))
@@ -227,36 +226,38 @@ def test_folding_a_map_into_the_output_is_exact(intercept):
     y = torch.randn(50, 3, 4, dtype=torch.double)
     wanted = torch.randn(50, 3, 4, dtype=torch.double)
     maps = calibration._HeadMaps(3, intercept)
-    maps.offer((1.0, 0.0), 0.1, y, wanted)
-    solved = [head.solved for head in maps.best()[1]]
+    maps.offer(0.1, y, wanted)
+    solved = maps.maps
     expected = out(torch.cat([y[:, h] @ solved[h][:-1] + solved[h][-1] for h in range(3)], -1))
     calibration._fold(out, solved)
     assert torch.allclose(out(y.flatten(1)), expected, atol=1e-12)
 
 
-def test_heads_that_share_keys_share_their_shape():
-    def told(*errors):
-        return [calibration._Head(e, rate, None) for rate, e in enumerate(errors)]
-
+def test_of_rates_each_head_keeps_its_best():
+    torch.manual_seed(0)
+    wanted = torch.randn(40, 2, 3, dtype=torch.double)
+    noise = torch.randn(40, 2, 3, dtype=torch.double)
     maps = calibration._HeadMaps(2, True)
-    maps.found = {(1.0, 0.0): told(5, 1, 2, 2), (3.0, 1.0): told(1, 4, 3, 3)}
-    shapes, heads = maps.best()
-    assert shapes == [(3.0, 1.0), (1.0, 0.0)]
-    assert [head.error for head in heads] == [1, 4, 2, 2]
+    maps.offer(0.1, torch.stack([wanted[:, 0], noise[:, 1]], 1), wanted)
+    maps.offer(1.0, torch.stack([noise[:, 0], 3 * wanted[:, 1] + 1], 1), wanted)
+    assert maps.rates == [0.1, 1.0]
 
 
-def test_keys_and_queries_are_shaped_head_by_head(llama):
-    mixer = mixers(convert(llama, PLAN, init="linear").model)[0]
-    with torch.no_grad():
-        calibration._shape(mixer, [(2.0, 1.0), (5.0, 3.0)])
+def test_keys_and_queries_are_bent_and_values_are_not(llama):
+    mixer = mixers(llama_like(llama, {}).model)[0]
     weights, biases = mixer.conv1d.weight[:, 0, -1], mixer.conv1d.bias
-    (x, *weights), (x_bias, *biases) = (t.split(mixer.config.widths) for t in (weights, biases))
-    assert (x == 1).all()
-    assert (x_bias == 0).all()
-    for channels, values in zip((*weights, *biases), 2 * [(2, 5)] + 2 * [(1, 3)], strict=True):
-        first, second = channels.chunk(2)
-        assert (first == values[0]).all()
-        assert (second == values[1]).all()
+    width = mixer.config.widths[0]
+    for tensor, plain, bent in ((weights, 1.0, 3.0), (biases, 0.0, 1.0)):
+        assert (tensor[:width] == plain).all()
+        assert (tensor[width:] == bent).all()
+    straight = mixers(llama_like(llama, {"conv_activation": None}).model)[0].conv1d
+    assert (straight.weight[:, 0, -1] == 1).all()
+    assert (straight.bias == 0).all()
+
+
+def llama_like(llama, options):
+    texts = Texts("words", ["which colour is the tallest bar, and how many? " * 5], context=32)
+    return convert(llama, PLAN, init="calibrated", calibration=texts, options=options)
 
 
 def test_a_ridge_without_penalty_is_least_squares():

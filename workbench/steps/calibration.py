@@ -1,10 +1,9 @@
 """Fit mixers to the attention they replace, in closed form, from a few sequences of the teacher.
 
-Layer by layer, from the bottom up, these things are found:
+Layer by layer, from the bottom up, two things are found:
 
-1. the decay of each head, and the bend of its B and C in their SiLU: of `RATES` and `SHAPES`,
-   those whose output, mapped linearly, comes nearest to the output of the same head of
-   the attention;
+1. the decay of each head: of `RATES`, the one whose output, mapped linearly, comes nearest to the
+   output of the same head of the attention;
 2. the output projection: that linear map folded into the attention's own W_O, then corrected
    towards the output of the whole attention, as far as the data say so and no further.
 
@@ -16,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +27,6 @@ from workbench.steps.batches import Batch
 
 # Forgetting per token, exp(-rate): memories of 300 tokens down to one.
 RATES = (0.0032, 0.01, 0.032, 0.1, 0.32, 1.0)
-# What the convolution multiplies B and C by and adds to them, before their SiLU: it hardly bends
-# (1, 0), cuts off all below zero (8, 0), or, with something added, all but the most unlike.
-Shape = tuple[float, float]
-SHAPES: tuple[Shape, ...] = ((1.0, 0.0), (2.0, 1.0), (8.0, 0.0), (6.0, 2.0))
 # Weight of the prior in each least-squares fit, relative to the mean square of the features: the
 # prior of a head is "no output", that of the whole layer is what its heads give.
 HEAD_RIDGE, LAYER_RIDGE = 1e-2, 1e-1
@@ -41,7 +35,7 @@ THIN = 8
 
 
 def calibrate(student: VLM, teacher: VLM, batch: Batch) -> None:
-    """Set decays, convolutions and output of every mixer of `student` from one batch, in place.
+    """Set decays and output projections of every mixer of `student` from one batch, in place.
 
     Teacher and student go up the stack side by side, so that one layer's activations at a time are
     kept. A quantised output projection stays as it is.
@@ -122,36 +116,19 @@ class _Fit:
         self.wanted = output[0][self.real].double()
 
     def _fit(self, mixer: SSMAttention, args: tuple, kwargs: dict) -> None:
-        maps = _HeadMaps(mixer.config.n_kv_heads, intercept=self.out.bias is not None)
-        # Without a SiLU to bend them, B and C would be the same, only larger.
-        for shape in SHAPES if mixer.config.conv_activation else SHAPES[:1]:
-            _shape(mixer, [shape] * mixer.config.n_kv_heads)
-            scan = _Scan(mixer, args, kwargs)
-            for rate in RATES:
-                mixer.A_log.fill_(rate).log_()
-                mixed = scan.again()[self.real].double()
-                maps.offer(shape, rate, mixed.unflatten(-1, self.heads.shape[1:]), self.heads)
-        shapes, heads = maps.best()
-        _shape(mixer, shapes)
-        mixer.A_log.copy_(torch.tensor([head.rate for head in heads])).log_()
+        scan = _Scan(mixer, args, kwargs)
+        maps = _HeadMaps(mixer.config.n_heads, intercept=self.out.bias is not None)
+        for rate in RATES:
+            mixer.A_log.fill_(rate).log_()
+            mixed = scan.again()[self.real].double()
+            maps.offer(rate, mixed.unflatten(-1, self.heads.shape[1:]), self.heads)
+        mixer.A_log.copy_(torch.tensor(maps.rates)).log_()
         if type(self.out) is nn.Linear and self.out.weight.is_floating_point():
-            _fold(self.out, [head.solved for head in heads])
-            mixed = _Scan(mixer, args, kwargs).again()[self.real]
+            _fold(self.out, maps.maps)
+            mixed = scan.again()[self.real]
             missing = self.wanted - self.out(mixed.to(self.out.weight.dtype)).double()
             _add(self.out, _ridge(mixed.double(), missing, LAYER_RIDGE, maps.intercept))
         self.heads = self.wanted = None
-
-
-def _shape(mixer: SSMAttention, shapes: list[Shape]) -> None:
-    """Set what the convolution makes of B and C, for each head of keys and values."""
-    conv, widths = mixer.conv1d, mixer.config.widths
-    for role in (1, 2):
-        weights, biases = (
-            t.split(widths)[role].chunk(len(shapes)) for t in (conv.weight[:, 0, -1], conv.bias)
-        )
-        for weight, bias, (factor, shift) in zip(weights, biases, shapes, strict=True):
-            weight.fill_(factor)
-            bias.fill_(shift)
 
 
 class _Scan:
@@ -182,43 +159,22 @@ class _Scan:
         return y if self.z is None else y * F.silu(self.z)
 
 
-class _Head(NamedTuple):
-    """What serves a head best: a rate, the map from the mixer's head to attention's, its error."""
-
-    error: float  # the square of it
-    rate: float
-    solved: Tensor  # (headdim + 1, headdim)
-
-
 class _HeadMaps:
-    """The best of each head so far, for each shape; heads that share keys must share it."""
+    """For each head the best rate so far, and the map from the mixer's head to attention's."""
 
-    def __init__(self, n_groups: int, intercept: bool) -> None:
-        self.n_groups, self.intercept = n_groups, intercept
-        self.found: dict[Shape, list[_Head]] = {}
+    def __init__(self, n_heads: int, intercept: bool) -> None:
+        self.intercept = intercept
+        self.errors, self.rates = [float("inf")] * n_heads, [1.0] * n_heads
+        self.maps: list[Tensor | None] = [None] * n_heads
 
-    def offer(self, shape: Shape, rate: float, mixed: Tensor, wanted: Tensor) -> None:
+    def offer(self, rate: float, mixed: Tensor, wanted: Tensor) -> None:
         """Keep `rate` for those heads that it serves best; both tensors (tokens, h, headdim)."""
-        heads = []
-        for x, y in zip(mixed.unbind(1), wanted.unbind(1), strict=True):
+        for head in range(len(self.rates)):
+            x, y = mixed[:, head], wanted[:, head]
             solved = _ridge(x, y, HEAD_RIDGE, self.intercept)
-            error = (x @ solved[:-1] + solved[-1] - y).square().sum().item()
-            heads.append(_Head(error, rate, solved))
-        before = self.found.get(shape, heads)
-        self.found[shape] = [
-            min(pair, key=lambda head: head.error) for pair in zip(before, heads, strict=True)
-        ]
-
-    def best(self) -> tuple[list[Shape], list[_Head]]:
-        """The shape of each group of heads, and every head with its rate at that."""
-        shapes, heads = [], []
-        for group in range(self.n_groups):
-            size = len(next(iter(self.found.values()))) // self.n_groups
-            place = slice(group * size, (group + 1) * size)
-            value = min(self.found, key=lambda s: sum(head.error for head in self.found[s][place]))
-            shapes.append(value)
-            heads += self.found[value][place]
-        return shapes, heads
+            error = (x @ solved[:-1] + solved[-1] - y).norm().item()
+            if error < self.errors[head]:
+                self.errors[head], self.rates[head], self.maps[head] = error, rate, solved
 
 
 def _ridge(x: Tensor, y: Tensor, weight: float, intercept: bool = True) -> Tensor:
