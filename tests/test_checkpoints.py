@@ -162,8 +162,8 @@ def test_a_checkpoint_of_something_else_is_refused(teacher, tmp_path):
 
     def told(words, plan=PLAN, **options):
         common = {"recipe": STAGES, "batch_size": 3, "folder": tmp_path, "resume": True}
+        student = convert(teacher, plan, init="matvlm")
         with pytest.raises(WorkbenchError, match=words):
-            student = convert(teacher, plan, init="matvlm")
             distill(student, teacher, samples(8), **common | options)
 
     told("holds a run already: go on with resume=True", resume=False)

@@ -379,8 +379,9 @@ def test_dropout_stays_off():
     model = tiny.llava(resid_pdrop=0.9, attention_dropout=0.9)
     teacher = VLM("dropping", model, tiny.vlm().processor)
     runs = [
-        student = convert(teacher, PLAN, init="matvlm")
-        distill(student, teacher, samples(2), recipe="matvlm", steps=2)
+        distill(
+            convert(teacher, PLAN, init="matvlm"), teacher, samples(2), recipe="matvlm", steps=2
+        )
         for _ in range(2)
     ]
     assert runs[0].rows[1].loss == runs[1].rows[1].loss

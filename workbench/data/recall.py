@@ -83,8 +83,5 @@ def _sample(rng: Random, length: int, n_facts: int | None) -> Sample:
     rng.shuffle(sentences)
     asked = rng.randrange(len(keys))
     name, thing = keys[asked]
-    question = (
-        f"{' '.join(sentences)}\n\nWhat is the number of {name}'s {thing}? "
-        "Answer with the number only."
-    )
-    return Sample((), question, str(codes[asked]), str(length))
+    question = f"{' '.join(sentences)}\n\nWhat is the number of {name}'s {thing}?"
+    return Sample((), question, told[asked], str(length))
