@@ -34,7 +34,7 @@ def teacher():
 
 
 def train(teacher, **options):
-    student = convert(teacher, PLAN)
+    student = convert(teacher, PLAN, init="matvlm")
     common = {"recipe": STAGES, "batch_size": 3, "log_every": 2}
     return student, distill(student, teacher, samples(8), **common | options)
 
@@ -162,8 +162,9 @@ def test_a_checkpoint_of_something_else_is_refused(teacher, tmp_path):
 
     def told(words, plan=PLAN, **options):
         common = {"recipe": STAGES, "batch_size": 3, "folder": tmp_path, "resume": True}
+        student = convert(teacher, plan, init="matvlm")
         with pytest.raises(WorkbenchError, match=words):
-            distill(convert(teacher, plan), teacher, samples(8), **common | options)
+            distill(student, teacher, samples(8), **common | options)
 
     told("holds a run already: go on with resume=True", resume=False)
     told(r"another run: its plan is \[4, \[0, 2\]\], not \[4, \[1, 3\]\]", plan=Plan(4, (1, 3)))
@@ -218,7 +219,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint(teacher,
             with torch.no_grad():
                 next(student.model.base_model.language_model.parameters()).fill_(math.nan)
 
-    student = convert(teacher, PLAN)
+    student = convert(teacher, PLAN, init="matvlm")
     with pytest.raises(WorkbenchError, match="The loss is nan at step 7 .*lower the learning rate"):
         distill(
             student, teacher, samples(8), recipe=STAGES, folder=tmp_path, on_step=poison,

@@ -138,7 +138,8 @@ def test_every_turn_is_written_and_every_answer_learnt(folder):
 
 def test_a_student_trains_on_conversations(teacher, folder):
     data = load_conversations(folder / "talk.json", images=folder / "pictures")
-    run = distill(convert(teacher, PLAN), teacher, data, steps=3, batch_size=2)
+    student = convert(teacher, PLAN, init="matvlm")
+    run = distill(student, teacher, data, steps=3, batch_size=2)
     assert run.steps == 3
 
 
@@ -153,7 +154,7 @@ def test_the_teachers_own_answers_become_the_targets(teacher, monkeypatch):
     assert data[0].images == some[0].images
     assert told[-1] == (5, 5)
     assert data.name == "samples, answered by tiny"
-    distill(convert(teacher, PLAN), teacher, data, steps=2)
+    distill(convert(teacher, PLAN, init="matvlm"), teacher, data, steps=2)
     with pytest.raises(WorkbenchError, match="no sample to ask"):
         answers_of(teacher, [])
     monkeypatch.setattr("workbench.steps.answers.answer_batch", lambda *_, **__: [""] * 5)

@@ -35,7 +35,7 @@ def teacher():
 
 @pytest.fixture
 def student(teacher):
-    return convert(teacher, PLAN)
+    return convert(teacher, PLAN, init="matvlm")
 
 
 def test_collate_reads_a_prompt_as_generation_does_and_labels_the_answer(teacher):
@@ -91,7 +91,7 @@ def test_samples_come_in_a_new_order_each_time_round(teacher, monkeypatch):
 
 
 def train(teacher, data, steps=6, recipe="matvlm", **options):
-    student = convert(teacher, PLAN)
+    student = convert(teacher, PLAN, init="matvlm")
     options = {"steps": steps, "batch_size": 4, "recipe": recipe} | options
     return student, distill(student, teacher, data, **options)
 
@@ -293,12 +293,12 @@ def small_pocket():
 
 def test_training_batches_with_one_and_with_several_pictures_can_be_distilled(small_pocket):
     batches = TrainingBatches(Encoder(small_pocket.tokenizer), 4, several_every=2)
-    student = convert(small_pocket, Plan(2, (1,)))
+    student = convert(small_pocket, Plan(2, (1,)), init="matvlm")
     run = distill(student, small_pocket, batches, recipe="matvlm", steps=2)
     assert [row.step for row in run.rows] == [1, 2]
     assert all(math.isfinite(row.loss) and row.loss > 0 for row in run.rows)
     listed = [batches.batch(0), batches.batch(1)]
-    other = convert(small_pocket, Plan(2, (1,)))
+    other = convert(small_pocket, Plan(2, (1,)), init="matvlm")
     again = distill(other, small_pocket, listed, recipe="matvlm", steps=3)
     assert [r.loss for r in again.rows[:2]] == [r.loss for r in run.rows]
 
@@ -319,7 +319,7 @@ def test_ready_batches_show_what_the_processor_shows(small_pocket):
 
 
 def test_a_plan_of_every_layer_can_be_distilled(teacher):
-    student = convert(teacher, choose_layers(teacher, ratio=1))
+    student = convert(teacher, choose_layers(teacher, ratio=1), init="matvlm")
     run = distill(student, teacher, samples(4), steps=4)
     assert len(run.rows[0].layer_losses) == tiny.N_LAYERS
 
@@ -361,7 +361,7 @@ def test_a_batch_without_answers_is_no_end(teacher):
 def test_gradient_checkpointing_changes_memory_only(teacher):
     weights = []
     for checkpointed in (False, True):
-        student = convert(teacher, PLAN)
+        student = convert(teacher, PLAN, init="matvlm")
         if checkpointed:
             student.model.gradient_checkpointing_enable()
         seen = []
@@ -379,7 +379,9 @@ def test_dropout_stays_off():
     model = tiny.llava(resid_pdrop=0.9, attention_dropout=0.9)
     teacher = VLM("dropping", model, tiny.vlm().processor)
     runs = [
-        distill(convert(teacher, PLAN), teacher, samples(2), recipe="matvlm", steps=2)
+        distill(
+            convert(teacher, PLAN, init="matvlm"), teacher, samples(2), recipe="matvlm", steps=2
+        )
         for _ in range(2)
     ]
     assert runs[0].rows[1].loss == runs[1].rows[1].loss

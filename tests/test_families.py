@@ -302,7 +302,7 @@ def test_the_verbs_take_any_family(family, tmp_path):
     assert f"a model of the family {family} with 4 decoder layers" in str(teacher)
     plan = wb.choose_layers(teacher, ratio=0.5)
     assert plan.mamba_layers == (0, 2)
-    student = wb.convert(teacher, plan)
+    student = wb.convert(teacher, plan, init="matvlm")
     assert student.name == f"tiny-{family}-50"
     again = wb.load(wb.save(student, tmp_path / "hybrid"))
     fed = tiny.questions(family)

@@ -46,7 +46,7 @@ def teacher():
 
 @pytest.fixture
 def student(teacher):
-    return convert(teacher, PLAN)
+    return convert(teacher, PLAN, init="matvlm")
 
 
 def paligemma():
@@ -267,7 +267,7 @@ def counted(module, calls, name):
 def test_alignment_runs_the_mamba_layers_and_nothing_else_of_the_student(teacher):
     calls = []
     mine = VLM("t", tiny.llava(), teacher.processor)
-    student = convert(mine, PLAN)
+    student = convert(mine, PLAN, init="matvlm")
     counted(student.model.base_model, calls, "student")
     counted(student.model.lm_head, calls, "student's head")
     counted(mine.model.lm_head, calls, "teacher's head")
@@ -280,7 +280,7 @@ def test_alignment_runs_the_mamba_layers_and_nothing_else_of_the_student(teacher
 def test_pictures_are_seen_once_where_the_towers_are_the_same(teacher):
     def seen(stage, change=None):
         calls = []
-        student = convert(teacher, PLAN)
+        student = convert(teacher, PLAN, init="matvlm")
         tower = student.model.base_model.vision_tower
         if change is not None:
             with torch.no_grad():

@@ -24,7 +24,7 @@ STAGES = [
 
 def train(batch_size, **options):
     teacher = tiny.vlm()
-    student = convert(teacher, PLAN)
+    student = convert(teacher, PLAN, init="matvlm")
     mixed = [*samples(6), *samples(2, n_images=0)]  # the last two leave the projector alone
     run = distill(student, teacher, mixed, recipe=STAGES, batch_size=batch_size, **options)
     return tensors(student), run
@@ -36,7 +36,7 @@ def apart(one, other):
     Single elements differ: AdamW's first step has the sign of a gradient, even of one that is 0 but
     for rounding.
     """
-    start = tensors(convert(tiny.vlm(), PLAN))
+    start = tensors(convert(tiny.vlm(), PLAN, init="matvlm"))
 
     def norm(left, right):
         return sum((left[n] - right[n]).float().square().sum() for n in left).sqrt()

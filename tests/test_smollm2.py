@@ -130,7 +130,7 @@ def test_a_hybrid_is_its_delta_on_the_teacher(tmp_path, monkeypatch):
     teacher = wb.load_teacher("smollm2-135m")
     assert teacher.name == "smollm2-135m"
     assert teacher.plan is None
-    student = wb.convert(teacher, Plan(tiny.N_LAYERS, (0,)))
+    student = wb.convert(teacher, Plan(tiny.N_LAYERS, (0,)), init="matvlm")
     save_delta(student.model, teacher.model, tmp_path / "hybrid-25", bits=8)
     again = wb.load("smollm2-135m-25")
     assert again.name == "smollm2-135m-25"

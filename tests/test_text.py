@@ -171,7 +171,7 @@ def test_a_language_model_is_distilled_on_text(tmp_path):
     texts = wb.load_data(str(tmp_path / "a.txt"))
     assert texts.context == 1024  # more than the 256 positions of the teacher
     teacher = language_vlm()
-    student = wb.convert(teacher, wb.choose_layers(teacher, ratio=0.5))
+    student = wb.convert(teacher, wb.choose_layers(teacher, ratio=0.5), init="matvlm")
     run = wb.distill(student, teacher, texts, recipe="matvlm", steps=6, batch_size=2)
     assert run.rows[-1].kl_nats < run.rows[0].kl_nats
 

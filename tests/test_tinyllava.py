@@ -156,7 +156,7 @@ def test_what_was_saved_reads_back_the_same(folders, kind, tmp_path):
 
 def test_the_teacher_converts_like_any_other(folders, tmp_path):
     teacher = load_teacher(folders / "teacher")
-    student = convert(teacher, Plan(miniature.N_LAYERS, (0, 4)))
+    student = convert(teacher, Plan(miniature.N_LAYERS, (0, 4)), init="matvlm")
     assert "family llava (phi)" in str(teacher)
     inputs = asked(teacher)
     logits = student.model(**inputs).logits

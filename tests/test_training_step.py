@@ -34,13 +34,14 @@ def test_the_plain_step_has_the_papers_losses(monkeypatch):
     from workbench.steps.initialization import convert
 
     teacher = VLM("t", tiny.language_model("llama"), None)
-    student = convert(teacher, Plan(4, (0, 2)))
+    student = convert(teacher, Plan(4, (0, 2)), init="matvlm")
     ids = tiny.token_ids(batch=1)
     step = PlainStep(student, teacher, compiled=False)
     loss = step.loss(ids).item()
     batch = {"input_ids": ids, "labels": ids}
     stage = Stage("s", 1, layer_weight=1, layer_kind="norm", kl_weight=1, tokens="all")
-    row = distill(convert(teacher, Plan(4, (0, 2))), teacher, [batch], recipe=[stage]).rows[0]
+    student = convert(teacher, Plan(4, (0, 2)), init="matvlm")
+    row = distill(student, teacher, [batch], recipe=[stage]).rows[0]
     # The same KL but for the last position, which predicts no token that is there.
     with torch.no_grad():
         q, p = (m(input_ids=ids).logits.log_softmax(-1) for m in (student.model, teacher.model))

@@ -23,19 +23,21 @@ from workbench.errors import WorkbenchError
 from workbench.models.generation import Answer, answer, stream_answer
 from workbench.models.plan import Plan
 from workbench.models.teacher import VLM, load, load_teacher, save
+from workbench.steps.alignment import align
 from workbench.steps.answers import answers_of
 from workbench.steps.comparison import Comparison, compare
 from workbench.steps.distillation import Run, Stage, StepRow, distill
 from workbench.steps.evaluation import Evaluation, evaluate
+from workbench.steps.fidelity import LayerFit, layer_fit
 from workbench.steps.initialization import convert
 from workbench.steps.perplexity import Perplexity, perplexity
 from workbench.steps.profiling import Profile, profile
+from workbench.steps.scores import Scores, score_layers
 from workbench.steps.selection import choose_layers
 
 __all__ = [
-    "VLM", "Answer", "Comparison", "Dataset", "Evaluation", "Perplexity", "Plan", "Profile", "Run",
-    "Sample", "Stage", "StepRow", "WorkbenchError", "answer", "answers_of", "choose_layers",
-    "compare", "convert", "distill", "evaluate", "load", "load_data", "load_teacher", "perplexity",
-    "profile", "save",
-    "stream_answer",
+    "VLM", "Answer", "Comparison", "Dataset", "Evaluation", "LayerFit", "Perplexity", "Plan",
+    "Profile", "Run", "Sample", "Scores", "Stage", "StepRow", "WorkbenchError", "align", "answer",
+    "answers_of", "choose_layers", "compare", "convert", "distill", "evaluate", "layer_fit", "load",
+    "load_data", "load_teacher", "perplexity", "profile", "save", "score_layers", "stream_answer",
 ]  # fmt: skip

@@ -73,12 +73,14 @@ def load_data(
     limit: int | None = None,
     seed: int = 0,
     images: str | Path | None = None,
+    length: int | Sequence[int] | None = None,
 ) -> Dataset | Texts:
     """A data set by name, or from a file.
 
     Args:
-        name: "pocket" (generated graphics, eight families); "easy-vqa" (the PyPI package); the path
-            of a .json file of LLaVA-style conversations; the path of a .txt or .jsonl file of texts
+        name: "pocket" (generated graphics, eight families); "easy-vqa" (the PyPI package);
+            "recall" (for language models: a number that was told a while ago); the path of a .json
+            file of LLaVA-style conversations; the path of a .txt or .jsonl file of texts
             or of a folder with such files, which have no splits; or "hub:NAME", a data set of the
             Hugging Face hub, which needs the package `datasets`.
         split: "train", "test", or for "pocket" also "unseen": drawings, flags and words that no
@@ -86,6 +88,7 @@ def load_data(
         limit: at most this many samples; None for all.
         seed: another world of generated scenes; what is not generated is shuffled by it.
         images: the folder of a .json file's pictures; None is where the file is.
+        length: of the prompts of "recall", in tokens, roughly; one or several.
 
     Returns:
         A `Dataset`, whose samples are made lazily, or `Texts`.
@@ -101,6 +104,11 @@ def load_data(
         return _pocket(split, limit, seed)
     if name == "easy-vqa":
         return _easy_vqa(split, limit, seed)
+    if name == "recall":
+        from workbench.data.recall import LENGTHS, load_recall
+
+        lengths = (length,) if isinstance(length, int) else tuple(length or LENGTHS)
+        return load_recall(lengths=lengths, limit=limit or 100, seed=seed)
     if str(name).startswith(HUB):
         from workbench.data.hub import load_hub
 
@@ -113,8 +121,9 @@ def load_data(
     if path.is_dir() or path.suffix in SUFFIXES:
         return load_texts(path, limit=limit)
     raise WorkbenchError(
-        f"There is no data set named {str(name)!r}. Choose 'pocket' or 'easy-vqa', or give a .json "
-        f"file of conversations, a .txt or .jsonl file, or {HUB}NAME for one of the hub."
+        f"There is no data set named {str(name)!r}. Choose 'pocket', 'easy-vqa' or 'recall', or "
+        f"give a .json file of conversations, a .txt or .jsonl file, or {HUB}NAME for one of the "
+        "hub."
     )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from workbench.data import assets, load_data
+from workbench.data import Sample, assets
+from workbench.data.scenes import FAMILIES, Scene, make_scene
 from workbench.data.text import load_texts
 from workbench.errors import WorkbenchError
 from workbench.models.hybrid import SSMAttention, build_hybrid, mixer_options_of, mixers
@@ -19,6 +21,8 @@ from workbench.steps.batches import as_batches
 from workbench.steps.calibration import calibrate
 
 LICENCES = Path(assets.__file__).parent / "licences"
+FACTOR, SHIFT = 3.0, 1.0  # of B and C before their SiLU
+N_TALKS, N_FITTED = 32, 12  # sequences of the workbench's own, and those that mixers are fitted to
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,18 @@ def _linear(mixer: SSMAttention, seed: int) -> None:
     mixer.reset_to_linear_attention()
 
 
-def _pass_through(mixer: SSMAttention, seed: int) -> None:
+def _bent(mixer: SSMAttention, seed: int) -> None:
+    """Let B and C pass their SiLU as 3 t + 1, which cuts off what is far below zero.
+
+    Softmax gives next to nothing to keys that point away from a query. Products of features that
+    are hardly ever negative do so too; plain products of queries and keys give less than nothing.
+    """
     mixer.reset_to_pass_through()
+    if mixer.config.conv_activation is not None:
+        width = mixer.config.widths[0]  # of x, which stays as it is
+        with torch.no_grad():
+            mixer.conv1d.weight[width:, :, -1] = FACTOR
+            mixer.conv1d.bias[width:] = SHIFT
 
 
 # What `matvlm` drops of attention is kept: its biases and its rotation by position.
@@ -69,8 +83,8 @@ INITS = {
         _KEPT | {"conv_activation": None, "norm": False, "scale": "attention"},
     ),
     "calibrated": Init(
-        "a mixer that passes everything through, its decays and output fitted to the teacher",
-        _pass_through,
+        "B and C bent to be positive; decays and output fitted to the teacher's attention",
+        _bent,
         _KEPT,
         calibrated=True,
     ),
@@ -81,7 +95,7 @@ def convert(
     teacher: VLM,
     plan: Plan,
     *,
-    init: str | VLM = "matvlm",
+    init: str | VLM = "calibrated",
     calibration: Iterable | None = None,
     options: dict | None = None,
     seed: int = 0,
@@ -95,7 +109,7 @@ def convert(
         init: a key of `INITS`; or a hybrid of the same teacher with at least these Mamba-2 layers,
             whose mixers are copied (align all layers once, then take any subset).
         calibration: what `distill` takes, for "calibrated": its first 12 sequences are used. None
-            takes the workbench's own drawings, or for a language model its own English texts.
+            takes talks about the workbench's drawings, or for a language model its English texts.
         options: of `MIXER_OPTIONS`, in place of the init's own.
         seed: of the parameters that start at random.
         name: of the student; None names it after the teacher and the ratio: "pocket-25".
@@ -119,15 +133,28 @@ def convert(
     student = VLM(name, model, teacher.processor, plan)
     if how.calibrated and plan.mamba_layers:
         data = default_calibration(teacher) if calibration is None else calibration
-        calibrate(student, teacher, next(as_batches(student, data, batch_size=12, seed=seed)))
+        calibrate(student, teacher, next(as_batches(student, data, batch_size=N_FITTED, seed=seed)))
     return student
 
 
-def default_calibration(teacher: VLM) -> Iterable:
-    """Return data that any teacher can read: drawings with questions, or plain English texts."""
-    if hasattr(teacher.model.config, "vision_config"):
-        return load_data("pocket", split="train", limit=12)
-    return load_texts(LICENCES)
+def default_calibration(teacher: VLM) -> Sequence:
+    """Return data that any teacher can read: talks about drawings, or plain English texts."""
+    if not hasattr(teacher.model.config, "vision_config"):
+        return load_texts(LICENCES)
+    families = [name for name in FAMILIES if name != "several"]  # one picture each is cheaper
+    scenes = (
+        (family, make_scene(family, "train", number))
+        for number in range(-(-N_TALKS // len(families)))
+        for family in families
+    )
+    return [_talk(family, scene) for family, scene in islice(scenes, N_TALKS)]
+
+
+def _talk(family: str, scene: Scene) -> Sample:
+    """Every question of a scene, one after the other."""
+    first, *more = scene.turns
+    later = tuple((turn.question, turn.answer) for turn in more)
+    return Sample(scene.images, first.question, first.answer, family, first.facts, later)
 
 
 def _with_mixers_of(donor: VLM, teacher: VLM, plan: Plan, name: str) -> VLM:
