@@ -165,7 +165,7 @@ def answer_batch(
             vlm, [s.images for s in some], [s.question for s in some], max_new_tokens
         )
         n_prompt = inputs["input_ids"].shape[1]
-        with _inference(vlm):
+        with inference(vlm):
             tokens = vlm.model.generate(
                 **inputs,
                 do_sample=False,
@@ -272,17 +272,17 @@ def _stream(vlm: VLM, inputs: dict[str, Tensor], n_most: int) -> Iterator[Answer
 def _timed_step(vlm: VLM, cache: Cache, **inputs: Tensor) -> tuple[Tensor, float]:
     """Run the model once; return the likeliest next token (1, 1) and the seconds it took."""
     device = vlm.model.device
-    with _inference(vlm):
-        _wait(device)
+    with inference(vlm):
+        wait(device)
         start = time.perf_counter()
         output = vlm.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1].argmax(-1, keepdim=True)
-        _wait(device)
+        wait(device)
         return token, time.perf_counter() - start
 
 
 @contextmanager
-def _inference(vlm: VLM) -> Iterator[None]:
+def inference(vlm: VLM) -> Iterator[None]:
     """No gradients and no dropout inside; modules in training go on training afterwards."""
     training = [module for module in vlm.model.modules() if module.training]
     for module in training:
@@ -295,7 +295,7 @@ def _inference(vlm: VLM) -> Iterator[None]:
             module.training = True
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
