@@ -109,9 +109,12 @@ class State:
         self.length = length
         self.place.fill_(length)
 
-    def rotary(self) -> tuple[Tensor, Tensor]:
-        """Return cos and sin at the place of each row: (1 or batch, 1, rotated width)."""
-        positions = self.place - self.start if self.padded else self.place
+    def rotary(self, by_place: bool) -> tuple[Tensor, Tensor]:
+        """Return cos and sin at the place of each row: (1 or batch, 1, rotated width).
+
+        by_place: of a step that is recorded, which must be right for padded rows, too.
+        """
+        positions = self.place - self.start if self.padded or by_place else self.place
         return self.cos[positions, None], self.sin[positions, None]
 
 
@@ -123,7 +126,7 @@ def step(decoder: Decoder, state: State, operations: Operations) -> Tensor:
         state: where its past is; the place moves on by one.
         operations: how each part of a layer is computed.
     """
-    cos, sin = state.rotary()
+    cos, sin = state.rotary(operations.by_place)
     operations.begin(state)
     h = F.embedding(state.token, decoder.embedding)
     for block, slot in zip(decoder.blocks, state.cache.layers, strict=True):

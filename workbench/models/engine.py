@@ -181,6 +181,24 @@ class Engine:
                 return
             logits = self.step()
 
+    def timed(
+        self, inputs: dict[str, Tensor], max_new_tokens: int
+    ) -> Iterator[tuple[int, float, tuple[int, int]]]:
+        """Answer one question greedily without end, and time each step apart.
+
+        Yields:
+            The token, the seconds it took, and bytes of keys and values and of states by then.
+        """
+        self.ready(1, inputs["input_ids"].shape[1] + max_new_tokens)  # before the clock runs
+        wait(self.device)
+        start = time.perf_counter()
+        self.prefill(inputs, max_new_tokens=max_new_tokens)
+        while True:
+            token = self.token.item()
+            yield token, time.perf_counter() - start, self.bytes_held()
+            start = time.perf_counter()
+            self.step()
+
     def bytes_held(self) -> tuple[int, int]:
         """Return bytes of keys and values that are filled, and of Mamba-2 states."""
         return self.runner.bytes_held()
