@@ -14,7 +14,7 @@ recorded, is made before the first token and timed as `warm_up_ms`; no other fig
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class Engine:
             rounded up, and more when a longer one comes.
         batch_size: sequences that the engine is made ready for; others are made when they come.
         backend: of torch.compile, in mode "compiled".
+        wrap: put around the operations of a step, to watch or to leave out some of them.
 
     Raises:
         WorkbenchError: the mode does not exist, or cannot run here.
@@ -55,6 +56,7 @@ class Engine:
         max_length: int | None = None,
         batch_size: int = 1,
         backend: str = "inductor",
+        wrap: Callable[[Operations], Operations] | None = None,
     ) -> None:
         if mode not in MODES:
             raise WorkbenchError(f"There is no mode {mode!r}; there are {', '.join(MODES)}.")
@@ -62,7 +64,7 @@ class Engine:
             raise WorkbenchError(f"max_length must be at least 2, not {max_length}.")
         if batch_size < 1:
             raise WorkbenchError(f"batch_size must be at least 1, not {batch_size}.")
-        self.vlm, self.mode, self.backend = vlm, mode, backend
+        self.vlm, self.mode, self.backend, self.wrap = vlm, mode, backend, wrap
         self.device = vlm.model.device
         if mode == "graph" and self.device.type != "cuda":
             raise WorkbenchError(
@@ -199,6 +201,18 @@ class Engine:
             start = time.perf_counter()
             self.step()
 
+    def pretend(self, batch_size: int, length: int, *, max_new_tokens: int) -> None:
+        """Stand behind a prompt that was never read: for timing steps at any length.
+
+        Raises:
+            WorkbenchError: the model runs its own forward, which cannot pretend.
+        """
+        self.runner = self.ready(batch_size, length + max_new_tokens)
+        if isinstance(self.runner, Forward):
+            raise WorkbenchError(f"{self} must read a prompt before it can go on.")
+        with inference(self.vlm):
+            self.runner.pretend(length)
+
     def bytes_held(self) -> tuple[int, int]:
         """Return bytes of keys and values that are filled, and of Mamba-2 states."""
         return self.runner.bytes_held()
@@ -233,7 +247,9 @@ class Engine:
             operations = Packed(decoder)
         else:
             operations = Operations()
-        return Compiled(operations, self.backend) if self.mode == "compiled" else operations
+        if self.mode == "compiled":
+            operations = Compiled(operations, self.backend)
+        return operations if self.wrap is None else self.wrap(operations)
 
     def _versions(self) -> tuple[int, ...]:
         """Tell weights apart from what they were: moved, or, where they were copied, changed."""

@@ -4,7 +4,6 @@
 `Forward` calls the model's own forward and takes any family, on a cache that grows or a static one.
 """
 
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,7 @@ from workbench.errors import WorkbenchError
 from workbench.models.cache import SSMSlot, cache_bytes, install_slots
 from workbench.models.decoder import Decoder
 from workbench.models.decoding import State, StaticSlot, step
-from workbench.models.families import decoder_layers, text_config
+from workbench.models.families import text_config
 from workbench.models.hybrid import plan_of
 from workbench.models.operations import Operations
 from workbench.models.teacher import VLM
@@ -82,6 +81,15 @@ class Lean:
             logits = self.logits
         self.state.length += 1
         return logits
+
+    def pretend(self, length: int) -> None:
+        """Stand behind a prompt of noise that was never read."""
+        self.state.begin(None)
+        for slot in self.state.cache.layers:
+            if isinstance(slot, StaticSlot):
+                slot.keys.normal_()
+                slot.values.normal_()
+        self.state.follow(length)
 
     def bytes_held(self) -> tuple[int, int]:
         """Return bytes of keys and values that are filled, and of Mamba-2 states."""
@@ -223,12 +231,3 @@ def check_left_padded(mask: Tensor) -> Tensor | None:
         raise WorkbenchError("An engine takes batches that are padded on the left only.")
     return (~mask).sum(1)
 
-
-def takes_positions(vlm: VLM) -> bool:
-    """Tell whether a model's forward can be told the positions of its tokens."""
-    return "position_ids" in inspect.signature(vlm.model.forward).parameters
-
-
-def count_layers(vlm: VLM) -> int:
-    """Return how many decoder layers a model has."""
-    return len(decoder_layers(vlm.model))
