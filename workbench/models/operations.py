@@ -130,8 +130,9 @@ def rotated(
     if part.q_norm is not None:
         q = normed_heads(part.q_norm, q, part.headdim)
         k = normed_heads(part.k_norm, k, part.headdim)
-    q, k, v = (t.unflatten(-1, (-1, part.headdim)) for t in (q, k, v))
-    return rotate(q, cos, sin), rotate(k, cos, sin), v
+    together = torch.cat([q, k], dim=-1).unflatten(-1, (-1, part.headdim))
+    q, k = rotate(together, cos, sin).split([part.n_heads, part.n_kv_heads], dim=1)
+    return q, k, v.unflatten(-1, (-1, part.headdim))
 
 
 def rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -243,6 +244,12 @@ class Packed(Operations):
             for block in decoder.blocks
             if block.second_norm is not None
         }
+        # In a parallel block both ways back to the residual stream are one matrix as well.
+        self.back = {
+            id(block): _end_to_end(block.out, block.down)
+            for block in decoder.blocks
+            if block.second_norm is None
+        }
         self.head = _side_by_side((decoder.head,))
 
     def enter(self, block: Block, h: Tensor) -> tuple[Tensor, Inward]:
@@ -255,12 +262,12 @@ class Packed(Operations):
         self, block: Block, h: Tensor, normed: Tensor, mixed: Tensor, inward: Inward
     ) -> Tensor:
         """See `Operations.leave`."""
-        h = h + _narrow(block.out, mixed)
         if block.second_norm is None:
-            fed = inward[-len(feeding(block)) :]
-        else:
-            matrix, sizes = self.fed[id(block)]
-            fed = matrix(block.second_norm(h)).split(sizes, dim=-1)
+            wide = fold(block, inward[-len(feeding(block)) :])
+            return h + _narrow(self.back[id(block)], torch.cat([mixed, wide], dim=-1))
+        h = h + _narrow(block.out, mixed)
+        matrix, sizes = self.fed[id(block)]
+        fed = matrix(block.second_norm(h)).split(sizes, dim=-1)
         return h + _narrow(block.down, fold(block, fed))
 
     def logits(self, decoder: Decoder, h: Tensor) -> Tensor:
@@ -310,6 +317,13 @@ def _side_by_side(some: tuple[Matrix, ...]) -> tuple[Matrix, tuple[int, ...]]:
     if weight.shape[0] >= weight.shape[1]:
         weight = weight.T.contiguous().T
     return Matrix(weight, bias), sizes
+
+
+def _end_to_end(one: Matrix, other: Matrix) -> Matrix:
+    """Join two matrices whose results are added."""
+    biases = [m.bias.detach() for m in (one, other) if m.bias is not None]
+    weight = torch.cat([one.weight.detach(), other.weight.detach()], dim=1)
+    return Matrix(weight, sum(biases) if biases else None)
 
 
 def _narrow(matrix: Matrix, t: Tensor) -> Tensor:
