@@ -1,12 +1,17 @@
-"""The one place that chooses how the mixer's two sequence operations are computed.
+"""The one place that chooses how the mixer's sequence operations are computed.
 
 Every implementation offers the same functions with the same signatures. "torch" runs anywhere and
-is the reference. `use` overrides the choice, for a block (`with use("torch"):`) or for good
-(`use("torch")`).
+is the reference; "fla" and "mamba_ssm" run on a GPU where those packages are installed, and hand
+back to torch what they cannot do. "auto", the choice unless another is made, measures them once for
+each class of shapes, and remembers. `use` overrides it, for a block (`with use("torch"):`) or for
+good (`use("torch")`).
 """
 
+import functools
+import math
+import statistics
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -14,59 +19,70 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.errors import WorkbenchError
+from workbench.mamba import backends
 from workbench.mamba import ssd as plain
 
+_PACKAGES = {  # what an implementation imports
+    "mamba_ssm": ("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"),
+    "fla": ("fla.ops.simple_gla", "chunk_simple_gla"),
+}
+_SCANS = {"mamba_ssm": backends.ssd_mamba_ssm, "fla": backends.ssd_fla}
+_LONGEST_MEASURED_IN_TORCH = 4096  # beyond, plain torch may run out of memory
+_ROUNDS = 5
 
-@dataclass(frozen=True)
-class Kernels:
-    """One implementation of each operation; the signatures are those of the functions below."""
-
-    ssd: Callable[..., tuple[Tensor, Tensor]]
-    ssd_step: Callable[..., tuple[Tensor, Tensor]]
-    causal_conv1d: Callable[..., tuple[Tensor, Tensor]]
-
-
-def _conv_torch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: str | None = "silu",
-    state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    context, length = weight.shape[-1] - 1, x.shape[1]
-    window = F.pad(x, (0, 0, context, 0)) if state is None else torch.cat([state.mT, x], dim=1)
-    # Shifted products, which a compiler fuses with the SiLU; a depthwise convolution it cannot.
-    high = torch.promote_types(weight.dtype, torch.float32)
-    taps = weight.to(high).unbind(-1)
-    y = sum(window[:, i : i + length] * tap for i, tap in enumerate(taps))
-    if bias is not None:
-        y = y + bias.to(high)
-    y = F.silu(y) if activation == "silu" else y
-    return y.to(x.dtype), window[:, length:].mT
+_chosen = "auto"
+_fastest: dict[tuple, str] = {}
 
 
-_IMPLEMENTATIONS = {"torch": Kernels(plain.ssd_chunked, plain.ssd_step, _conv_torch)}
-_chosen = "torch"
+@functools.cache
+def missing() -> dict[str, str]:
+    """Say for each implementation that cannot run here why not."""
+    reasons = {}
+    for name, (module, *functions) in _PACKAGES.items():
+        if not torch.cuda.is_available():
+            reasons[name] = "there is no GPU"
+            continue
+        try:
+            backends.load(module, *functions)
+        except ImportError as error:
+            reasons[name] = str(error)
+    return reasons
+
+
+@functools.cache
+def _has_conv() -> bool:
+    try:
+        return torch.cuda.is_available() and bool(
+            backends.load("causal_conv1d", "causal_conv1d_fn", "causal_conv1d_update")
+        )
+    except ImportError:
+        return False
 
 
 def available() -> tuple[str, ...]:
-    """Name the implementations that can run here, the best one last."""
-    return tuple(_IMPLEMENTATIONS)
+    """Name the implementations that can run here, plain torch first."""
+    return ("torch", *(name for name in _PACKAGES if name not in missing()))
 
 
 class use:  # lower case, as it reads like a verb
     """Choose an implementation from now on; as a context manager, until the end of the block.
 
+    Args:
+        name: one of `available()`, or "auto".
+
     Raises:
-        WorkbenchError: the name is not in `available()`.
+        WorkbenchError: there is no such implementation, or it cannot run here.
     """
 
     def __init__(self, name: str) -> None:
         global _chosen
-        if name not in _IMPLEMENTATIONS:
+        if name not in (*available(), "auto"):
+            reason = missing().get(name)
             raise WorkbenchError(
-                f"There are no kernels called {name!r} here; there are {', '.join(available())}."
+                f"The kernels called {name!r} cannot run here: {reason}."
+                if reason
+                else f"There are no kernels called {name!r} here; there are "
+                f"{', '.join((*available(), 'auto'))}."
             )
         self._previous, _chosen = _chosen, name
 
@@ -90,17 +106,25 @@ def ssd(
     chunk_size: int = 64,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mix a sequence; shapes and results as `workbench.mamba.ssd.ssd_chunked`."""
-    return _IMPLEMENTATIONS[_chosen].ssd(
-        x, dt, A, B, C, chunk_size=chunk_size, initial_state=initial_state
-    )
+    """Mix a sequence; shapes and results as `workbench.mamba.ssd.ssd_chunked`.
+
+    chunk_size counts in plain torch only: the kernels have chunks that suit a GPU.
+    """
+    name = _chosen
+    if name == "auto":
+        name = _choose(x, dt, A, B, C, initial_state) if x.is_cuda else "torch"
+    return _scan(name, x, dt, A, B, C, chunk_size, initial_state)
 
 
 def ssd_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Advance by one position; shapes and results as `workbench.mamba.ssd.ssd_step`."""
-    return _IMPLEMENTATIONS[_chosen].ssd_step(x, dt, A, B, C, state=state)
+    if x.is_cuda and _chosen in ("auto", "mamba_ssm") and "mamba_ssm" not in missing():
+        found = backends.step_mamba_ssm(x, dt, A, B, C, state=state)
+        if found is not None:
+            return found
+    return plain.ssd_step(x, dt, A, B, C, state=state)
 
 
 def causal_conv1d(
@@ -123,6 +147,94 @@ def causal_conv1d(
     Returns:
         y like x, and the state after x (batch, channels, d_conv - 1).
     """
-    return _IMPLEMENTATIONS[_chosen].causal_conv1d(
-        x, weight, bias, activation=activation, state=state
-    )
+    if x.is_cuda and _chosen != "torch" and _has_conv():
+        found = backends.conv_causal_conv1d(x, weight, bias, activation=activation, state=state)
+        if found is not None:
+            return found
+    return _conv_torch(x, weight, bias, activation, state)
+
+
+def _conv_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    context, length = weight.shape[-1] - 1, x.shape[1]
+    window = F.pad(x, (0, 0, context, 0)) if state is None else torch.cat([state.mT, x], dim=1)
+    # Shifted products, which a compiler fuses with the SiLU; a depthwise convolution it cannot.
+    high = torch.promote_types(weight.dtype, torch.float32)
+    taps = weight.to(high).unbind(-1)
+    y = sum(window[:, i : i + length] * tap for i, tap in enumerate(taps))
+    if bias is not None:
+        y = y + bias.to(high)
+    y = F.silu(y) if activation == "silu" else y
+    return y.to(x.dtype), window[:, length:].mT
+
+
+def _scan(
+    name: str,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if name in _SCANS:
+        found = _SCANS[name](x, dt, A, B, C, initial_state=initial_state)
+        if found is not None:
+            return found
+    return plain.ssd_chunked(x, dt, A, B, C, chunk_size=chunk_size, initial_state=initial_state)
+
+
+def _choose(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None
+) -> str:
+    """Return the fastest scan for shapes like these, measured when they are first seen.
+
+    Lengths within a factor of two, and likewise batch times heads, make one class. What torch
+    compiles stays plain torch, which it can look into; while a CUDA graph is recorded nothing can
+    be measured, and the last name is taken.
+    """
+    if torch.compiler.is_compiling():
+        return "torch"
+    names = available()
+    if len(names) == 1:
+        return names[0]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C))
+    length, width = (math.ceil(math.log2(max(n, 1))) for n in (x.shape[1], x.shape[0] * x.shape[2]))
+    like = (x.device, x.dtype, x.shape[3], B.shape[3], length, width, learns)
+    if like not in _fastest:
+        if torch.cuda.is_current_stream_capturing():
+            return names[-1]
+        inputs = [t.detach().requires_grad_(learns) for t in (x, dt, A, B, C)]
+        times = {}
+        for name in names:
+            if name == "torch" and x.shape[1] > _LONGEST_MEASURED_IN_TORCH:
+                continue
+            try:
+                times[name] = _time(name, inputs, initial_state, learns)
+            except Exception:  # a kernel that does not compile here loses, whatever the reason
+                torch.cuda.empty_cache()
+        _fastest[like] = min(times, key=times.__getitem__) if times else "torch"
+    return _fastest[like]
+
+
+def _time(
+    name: str, inputs: list[Tensor], initial_state: Tensor | None, learns: bool
+) -> float:
+    """Return the seconds of one scan, its backward included if the caller learns."""
+    seconds = []
+    for _ in range(_ROUNDS + 1):  # the first compiles
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.set_grad_enabled(learns):
+            y, _ = _scan(name, *inputs, 64, initial_state)
+            if learns:
+                torch.autograd.grad(y.float().sum(), inputs)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])

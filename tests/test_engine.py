@@ -1,0 +1,169 @@
+"""Every mode says what plain `generate` says, for teacher and hybrid, one by one and in batches."""
+
+import shutil
+
+import pytest
+import tiny
+import torch
+
+from workbench.data import Sample
+from workbench.errors import WorkbenchError
+from workbench.models.engine import Engine, draw
+from workbench.models.generation import answer_batch, prepare_inputs, stream_answer
+from workbench.models.hybrid import build_hybrid
+from workbench.models.plan import Plan
+from workbench.models.teacher import VLM
+
+QUESTION = "which colour is the bar?"
+LAYERS = {"teacher": None, "hybrid": (0, 2), "all": (0, 1, 2, 3)}
+GPU = torch.cuda.is_available()
+MODES = ("eager", "static", "compiled") if shutil.which("g++") else ("eager", "static")
+NEW = 9
+
+
+def endless(vlm):
+    vlm.model.generation_config.eos_token_id = None
+    vlm.tokenizer.eos_token = None
+    return vlm
+
+
+def words(family, layers=None, **options):
+    model = tiny.language_model(family)
+    model.generation_config.eos_token_id = None
+    if layers is not None:
+        model = build_hybrid(model, Plan(tiny.N_LAYERS, layers), options)
+    return endless(VLM(family, model, tiny.tokenizer()))
+
+
+def generated(vlm, inputs, n=NEW):
+    tokens = vlm.model.generate(
+        **inputs, do_sample=False, max_new_tokens=n, pad_token_id=vlm.tokenizer.pad_token_id
+    )
+    return tokens[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def engined(engine, inputs, n=NEW, **options):
+    rows = list(engine.generate(inputs, max_new_tokens=n, **options))
+    return [list(row) for row in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+def test_greedy_answers_are_those_of_generate(mode, layers):
+    vlm = endless(tiny.vlm(layers))
+    engine = Engine(vlm, mode, backend="aot_eager")
+    assert engine.reason is None
+    one = prepare_inputs(vlm, [[tiny.image()]], [QUESTION], NEW)
+    assert engined(engine, one) == generated(vlm, one)
+    several = prepare_inputs(vlm, [[tiny.image()], []], [QUESTION, "how many?"], NEW)
+    assert engined(engine, several) == generated(vlm, several)
+    assert engined(engine, one) == generated(vlm, one)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi-norms", "qwen2"])
+@pytest.mark.parametrize("layers", [None, (1, 2)], ids=["teacher", "hybrid"])
+def test_other_families_are_read_into_records(family, layers):
+    vlm = words(family, layers)
+    engine = Engine(vlm, "static")
+    assert engine.reason is None
+    inputs = prepare_inputs(vlm, [[], []], [QUESTION, "how many?"], NEW)
+    assert engined(engine, inputs) == generated(vlm, inputs)
+
+
+def test_a_family_that_is_not_described_runs_its_own_forward():
+    vlm = words("llama", (1, 2))
+    vlm.model.config.rope_parameters["rope_type"] = "dynamic"
+    inputs = prepare_inputs(vlm, [[], []], [QUESTION, "how many?"], NEW)
+    expected = generated(vlm, inputs)
+    for mode in ("eager", "static", "compiled"):
+        engine = Engine(vlm, mode, backend="aot_eager")
+        assert "depends on the length" in engine.reason
+        assert "own forward" in str(engine)
+        assert engined(engine, inputs) == expected
+    with pytest.raises(WorkbenchError, match="needs a GPU" if not GPU else "cannot be recorded"):
+        Engine(vlm, "graph", max_length=32)
+
+
+def test_a_cache_that_is_too_short_grows_and_one_of_a_given_size_says_so():
+    vlm = endless(tiny.vlm((0, 2)))
+    inputs = prepare_inputs(vlm, [[]], [QUESTION], 1)
+    engine = Engine(vlm, "static")
+    short, long = engined(engine, inputs, 3), engined(engine, inputs, 240)
+    assert long[0][:3] == short[0]
+    assert long == generated(vlm, inputs, 240)
+    fixed = Engine(vlm, "static", max_length=16)
+    assert fixed.warm_up_ms > 0
+    with pytest.raises(WorkbenchError, match="was made for 16"):
+        engined(fixed, inputs, 12)
+
+
+def test_weights_that_change_are_read_again():
+    vlm = endless(tiny.vlm((0, 2)))
+    engine = Engine(vlm, "static")
+    inputs = prepare_inputs(vlm, [[]], [QUESTION], NEW)
+    before = engined(engine, inputs)
+    with torch.no_grad():
+        for parameter in vlm.model.get_decoder().parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    after = engined(engine, inputs)
+    assert after != before
+    assert after == generated(vlm, inputs)
+
+
+def test_rows_end_one_by_one():
+    vlm = endless(tiny.vlm((0, 2)))
+    engine = Engine(vlm, "static")
+    inputs = prepare_inputs(vlm, [[], []], [QUESTION, "how many?"], NEW)
+    free = engined(engine, inputs)
+    stop = free[0][3]
+    vlm.model.generation_config.eos_token_id = [stop]
+    rows = engined(engine, inputs)
+    assert rows == generated(vlm, inputs)
+    assert len(rows[0]) <= NEW
+
+
+def test_draws_repeat_with_a_seed_and_stay_among_the_likeliest():
+    vlm = endless(tiny.vlm((0, 2)))
+    engine = Engine(vlm, "static")
+    inputs = prepare_inputs(vlm, [[]], [QUESTION], NEW)
+    hot = {"temperature": 2.0, "top_p": 0.9}
+    one = engined(engine, inputs, seed=1, **hot)
+    assert one == engined(engine, inputs, seed=1, **hot)
+    assert one != engined(engine, inputs, seed=2, **hot)
+    assert engined(engine, inputs, temperature=0.7, top_p=1e-6) == generated(vlm, inputs)
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, 4)
+    seen = draw(logits, 1.0, 0.75, torch.Generator().manual_seed(0)).bincount(minlength=4) / 4000
+    torch.testing.assert_close(seen, torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0)
+    for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}):
+        with pytest.raises(WorkbenchError, match="temperature is 0 or more"):
+            engined(engine, inputs, **wrong)
+
+
+def test_answers_stream_and_come_in_batches_through_an_engine():
+    vlm = endless(tiny.vlm((0, 2)))
+    engine = Engine(vlm, "static")
+    plain = list(stream_answer(vlm, [tiny.image()], QUESTION, max_new_tokens=6))
+    fast = list(stream_answer(vlm, [tiny.image()], QUESTION, max_new_tokens=6, engine=engine))
+    assert [a.text for a in fast] == [a.text for a in plain]
+    assert [a.kv_bytes for a in fast] == [a.kv_bytes for a in plain]
+    assert fast[-1].ssm_bytes == plain[-1].ssm_bytes
+    assert fast[-1].decode_tokens_per_s > 0
+    asked = [Sample((tiny.image(i),), QUESTION, "", "test", None) for i in range(3)]
+    options = {"max_new_tokens": 6, "batch_size": 2}
+    assert answer_batch(vlm, asked, engine=engine, **options) == answer_batch(vlm, asked, **options)
+    with pytest.raises(WorkbenchError, match="was made of"):
+        stream_answer(tiny.vlm(), [], QUESTION, engine=engine)
+
+
+def test_what_an_engine_cannot_do_is_said_in_a_sentence():
+    vlm = tiny.vlm()
+    with pytest.raises(WorkbenchError, match="no mode 'warp'"):
+        Engine(vlm, "warp")
+    with pytest.raises(WorkbenchError, match="batch_size must be at least 1"):
+        Engine(vlm, batch_size=0)
+    with pytest.raises(WorkbenchError, match="max_length must be at least 2"):
+        Engine(vlm, max_length=1)
+    inputs = prepare_inputs(vlm, [[], []], [QUESTION, "how?"], 1)
+    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+    with pytest.raises(WorkbenchError, match="padded on the left only"):
+        engined(Engine(vlm), inputs)
