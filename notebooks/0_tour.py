@@ -144,7 +144,7 @@ stack_figure(plan)
 
 # %%
 teacher_before = {name: t.clone() for name, t in teacher.model.state_dict().items()}
-student = wb.convert(teacher, plan)
+student = wb.convert(teacher, plan, init="matvlm")
 student = replace(student, name="student")  # its own name would be pocket-25, which is taken
 print(student)
 print(wb.answer(student, sample.images, question))
