@@ -25,7 +25,9 @@ def test_the_answer_stands_in_the_prompt_once():
         assert sample.answer == f"The number of {asked[1]}'s {asked[2]} is {told[asked.groups()]}."
         assert sample.question.count(sample.answer) == 1
         assert sample.images == ()
-        assert sample.score(sample.answer.rstrip(".")) == 1
+        assert sample.score(f"{sample.answer}\n\nThe number of") == 1
+        assert sample.score(f"It is {sample.answer[-5:-1]}") == 1
+        assert sample.score("To find the number") == sample.score("It is 0000.") == 0
 
 
 def test_prompts_grow_with_the_length_and_facts_do_too_where_asked():

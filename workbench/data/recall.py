@@ -6,6 +6,8 @@ word, and nowhere else, so a model is right only if it still knows what it read 
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from random import Random
 
 from workbench.data.samples import Dataset, Sample
@@ -19,6 +21,16 @@ NAMES = (
     "Victor", "Wendy", "Xavier", "Yvonne", "Zach",
 )  # fmt: skip
 THINGS = ("door", "locker", "phone", "room", "safe", "ticket", "train", "seat")
+
+
+@dataclass(frozen=True)
+class RecallSample(Sample):
+    """A question whose answer is right if its first number is, whatever words stand around it."""
+
+    def score(self, reply: str) -> float:
+        """1 if the first number of four digits is the one that was told, else 0."""
+        said, told = (re.search(r"\d{4}", text) for text in (reply, self.answer))
+        return float(said is not None and said[0] == told[0])
 
 
 def load_recall(
@@ -84,4 +96,4 @@ def _sample(rng: Random, length: int, n_facts: int | None) -> Sample:
     asked = rng.randrange(len(keys))
     name, thing = keys[asked]
     question = f"{' '.join(sentences)}\n\nWhat is the number of {name}'s {thing}?"
-    return Sample((), question, told[asked], str(length))
+    return RecallSample((), question, told[asked], str(length))
