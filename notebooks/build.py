@@ -100,7 +100,7 @@ def photographer() -> Iterator[Callable[[str], str]]:
         page = browser.new_page(viewport={"width": 940, "height": 600})
 
         def picture_of(html: str) -> str:
-            page.set_content(f'<div id="all" style="{LOOK}">{html}</div>')
+            page.set_content(f'<!DOCTYPE html><div id="all" style="{LOOK}">{html}</div>')
             taken = page.locator("#all").screenshot(omit_background=True)
             return base64.b64encode(taken).decode()
 
