@@ -87,7 +87,8 @@ check(
 # The simplest question: what if a layer's attention said nothing? We put a zero in its place, and
 # look at what happens to the teacher's own expectations, token by token:
 # $\mathrm{KL}(p_\mathrm{teacher} \,\Vert\, p_\mathrm{without})$ in nats, 0 if nothing changes.
-# Long answers make the clearest judges: two descriptions, about a hundred tokens together.
+# Long answers make the clearest judges: two descriptions, about a hundred tokens together. (In one
+# line: `wb.score_layers(teacher, method="skip-one")`. Here you see what it does.)
 
 # %%
 pictures = wb.load_data("pocket", split="test", limit=32)

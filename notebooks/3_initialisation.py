@@ -171,12 +171,12 @@ check(
 # %% [markdown]
 # ## Fitting instead of guessing
 #
-# None of these starts has looked at the teacher **at work**. `calibrated` does, for a dozen
-# sequences, and needs no gradient: for each head it tries six rates of forgetting, and for each
-# it solves a least-squares problem, output of the mixer → output of the attention. The best rate
-# stays; the map is folded into $W_O$ (`workbench/steps/calibration.py`). Gradient-free fits of
-# this kind are what LoLCATs calls attention transfer, by other means ([arXiv
-# 2410.10254](https://arxiv.org/abs/2410.10254)).
+# None of these starts has looked at the teacher **at work**. `calibrated`, the default of `convert`,
+# does, for a dozen sequences, and needs no gradient: for each head it tries several rates of
+# forgetting, and for each it solves a least-squares problem, output of the mixer → output of the
+# attention. The best rate stays; the map is folded into $W_O$ (`workbench/steps/calibration.py`).
+# LoLCATs calls a fit of this kind, there by gradient, attention transfer
+# ([arXiv 2410.10254](https://arxiv.org/abs/2410.10254)).
 
 # %%
 calibrated = wb.convert(teacher, plan, init="calibrated")

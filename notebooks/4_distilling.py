@@ -166,6 +166,7 @@ print(sorted(path.name for path in folder.iterdir()))
 # %%
 after = mean_kl(teacher, student, judges)
 print(f"KL on the two judges: {before:.2f} before, {after:.2f} after {whole.steps} steps")
+dashboard  # a second view of the same run
 
 # %% [markdown]
 # Look at the curves above. There are two, one a stage, and they are **not** comparable: one is a

@@ -80,9 +80,10 @@ check(
 # %% [markdown]
 # ## Measured, in one loop
 #
-# `profile` asks both models the same, in turns, in the same loop, so that neither has an engine
-# of its own. The table says *prefill* (reading the prompt) and *decode* (writing) apart: one
-# number for both would depend on the length of the answer.
+# `profile` asks both models the same, in turns, in the same loop, so that neither has an engine of
+# its own. The table says *prefill* (reading the prompt) and *decode* (writing) apart: one number
+# for both would depend on the length of the answer. *Of roof* is how much of this machine's own
+# bandwidth and arithmetic is used; *at most* is what Amdahl's law allows. Both are explained below.
 
 # %%
 pictures = wb.load_data("pocket", split="test", limit=64)

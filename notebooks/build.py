@@ -9,9 +9,13 @@ Figures become PNGs too (by Chromium), for pages that run no script, and of a wi
 kept and its live state left out.
 """
 
+import base64
 import os
+import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jupytext
@@ -22,6 +26,8 @@ from nbformat import NotebookNode
 HERE = Path(__file__).resolve().parent
 HOUSE = HERE.parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+LOOK = "color:#7d828b;font:13px system-ui,sans-serif;padding:4px"
 EXERCISE, SOLUTION = "exercise", "solution"
 CELL_LIMIT_S = 600  # a lesson's cell should take less than 60 s, but not every machine is idle
 
@@ -67,14 +73,39 @@ def client(notebook: NotebookNode, **options: object) -> NotebookClient:
 
 
 def still(notebook: NotebookNode) -> None:
-    """Keep the drawing of each widget, and leave out what needs its live twin, and warnings."""
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
-        outputs = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
-        for output in outputs:
-            output.get("data", {}).pop(WIDGET, None)
-        if "outputs" in cell:
-            cell["outputs"] = [o for o in outputs if o.output_type == "stream" or o.get("data")]
+    """Keep a picture of each widget, and leave out what needs its live twin, and warnings.
+
+    The picture is a PNG: pages that do not trust a notebook, GitHub's among them, take the SVG out
+    of its HTML.
+    """
+    with photographer() as picture_of:
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)
+            outputs = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
+            for data in (o.data for o in outputs if "data" in o):
+                if data.pop(WIDGET, None) is not None and "text/html" in data:
+                    data["image/png"] = picture_of(data.pop("text/html"))
+            if "outputs" in cell:
+                cell["outputs"] = [o for o in outputs if o.output_type == "stream" or o.get("data")]
+
+
+@contextmanager
+def photographer() -> Iterator[Callable[[str], str]]:
+    """What turns HTML into a PNG in base64, legible on a white page and on a dark one."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 940, "height": 600})
+
+        def picture_of(html: str) -> str:
+            page.set_content(f'<!DOCTYPE html><div id="all" style="{LOOK}">{html}</div>')
+            taken = page.locator("#all").screenshot(omit_background=True)
+            return base64.b64encode(taken).decode()
+
+        yield picture_of
+        browser.close()
 
 
 def build(source: Path, version: str) -> Path:

@@ -1,5 +1,6 @@
 """Each widget is one call, can be read back as data, and stands still where no widget lives."""
 
+import dataclasses
 import json
 import re
 import time
@@ -198,10 +199,15 @@ def test_the_dashboard_says_what_failed(teacher, student):
         widgets.distill_dashboard(student, teacher, SAMPLES, stop=lambda: True)
 
 
-def profile_of(lengths):
+def profile_of(lengths, batches=(1,)):
     rows = [
-        ProfileRow(m, n, 4, 10.0 * n * k, 5.0 / k, 1000, 100 * n, 7 * k)
-        for k, m in enumerate(("teacher", "student"), 1) for n in lengths
+        ProfileRow(
+            m, k - 1, batch, n, 4, prefill_ms=10.0 * n * k, prefill_ms_range=None,
+            prefill_bound_ms=1.0, decode_tokens_per_s=5.0 / k, decode_tokens_per_s_range=(1, 9),
+            decode_bound_tokens_per_s=9.0, prefill_mixing_share=None, decode_mixing_share=0.5,
+            weight_bytes=1000, kv_bytes=100 * n, ssm_bytes=7 * k, peak_mib=None, warm_up_ms=1.0,
+        )
+        for k, m in enumerate(("teacher", "student"), 1) for batch in batches for n in lengths
     ]  # fmt: skip
     return Profile(tuple(rows), "cpu")
 
@@ -215,6 +221,19 @@ def test_the_profile_explorer_shows_any_figure(lengths):
     panel.figure.value, panel.ratio.value = "prefill_ms", True
     assert "times teacher" in check_panel(panel)
     assert panel.value["in_proportion"]
+
+
+def test_the_profile_explorer_keeps_batches_apart_and_bears_gaps():
+    profile = profile_of((8, 16), batches=(1, 4))
+    panel = widgets.profile_explorer(profile)
+    assert "student, batch 4" in check_panel(panel)
+    assert "peak, MiB" not in [label for label, _ in panel.figure.options], "nothing has it"
+    panel.figure.value = "decode_bound_tokens_per_s"
+    assert "stroke-dasharray" in check_panel(panel), "what is computed is drawn dotted"
+    gap = dataclasses.replace(profile.rows[0], prefill_ms=None, note="out of memory")
+    panel = widgets.profile_explorer(Profile((gap, *profile.rows[1:]), "cpu"))
+    panel.ratio.value = True
+    check_panel(panel)
 
 
 def test_the_answer_viewer_colours_where_they_part(teacher, student):

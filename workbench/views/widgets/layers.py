@@ -10,6 +10,7 @@ from workbench.models.plan import Plan
 from workbench.models.teacher import VLM
 from workbench.steps.budget import Budget, budget
 from workbench.steps.initialization import convert
+from workbench.steps.scores import Scores
 from workbench.steps.selection import choose_layers, even_layers
 from workbench.steps.together import mean_kl
 from workbench.views.widgets.drawing import (
@@ -31,7 +32,7 @@ def layer_picker(
     *,
     ratio: float = 0.25,
     length: int = 1024,
-    scores: Sequence[float] | None = None,
+    scores: Scores | Sequence[float] | None = None,
     init: str | VLM = "matvlm",
     samples: Sequence[Sample] | None = None,
 ) -> "LayerPicker":
@@ -41,7 +42,8 @@ def layer_picker(
         teacher: the model to convert.
         ratio: share of Mamba-2 layers to begin with.
         length: tokens at which the cache is shown.
-        scores: a number a layer, in nats: how much replacing it alone hurts. Then their sum is
+        scores: of `score_layers`, or a number a layer in nats: how much replacing it alone hurts.
+            Then their sum is
             shown as an estimate, and layers can be chosen by score.
         init: of `convert`, for what is measured.
         samples: questions that are measured on; None takes four of the workbench's own.
@@ -61,6 +63,7 @@ class LayerPicker(Panel):
     ) -> None:  # fmt: skip
         super().__init__()
         first = choose_layers(teacher, ratio=ratio)
+        scores = scores.values if isinstance(scores, Scores) else scores
         self.teacher, self.init, self.samples = teacher, init, samples
         self.n_layers = first.n_layers
         self.scores = None if scores is None else [float(s) for s in scores]

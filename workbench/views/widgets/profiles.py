@@ -20,7 +20,7 @@ from workbench.views.widgets.panel import Panel, row
 COLOURS = (TEACHER, HYBRID, "#c8842b", "#8a5fb0")
 UNITS = {"_ms": ("ms", 1), "_bytes": ("KiB", 1 / 1024), "_mib": ("MiB", 1),
          "_tokens_per_s": ("tokens/s", 1), "_s": ("s", 1)}  # fmt: skip
-KEYS = ("model", "n_prompt_tokens", "n_new_tokens", "batch_size", "mode", "device", "status")
+KEYS = ("model", "ratio", "batch_size", "n_prompt_tokens", "n_new_tokens", "note")
 
 
 def profile_explorer(profile: Profile) -> "ProfileExplorer":
@@ -41,9 +41,11 @@ class ProfileExplorer(Panel):
     def __init__(self, profile: Profile) -> None:
         super().__init__()
         self.profile = profile
-        self.rows = [
-            r | {"cache_bytes": r["kv_bytes"] + r["ssm_bytes"]} for r in profile.to_dict()["rows"]
-        ]
+        self.rows = profile.to_dict()["rows"]
+        if len({r["batch_size"] for r in self.rows}) > 1:
+            self.rows = [
+                r | {"model": f"{r['model']}, batch {r['batch_size']}"} for r in self.rows
+            ]
         self.models = list(dict.fromkeys(r["model"] for r in self.rows))
         figures = [
             k for k in self.rows[0]
