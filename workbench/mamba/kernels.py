@@ -28,6 +28,7 @@ _PACKAGES = {  # what an implementation imports
 }
 _SCANS = {"mamba_ssm": backends.ssd_mamba_ssm, "fla": backends.ssd_fla}
 _LONGEST_MEASURED_IN_TORCH = 4096  # beyond, plain torch may run out of memory
+_SHORTEST_MEASURED = 64  # below, launching is all there is, and compiling takes much longer
 _ROUNDS = 5
 
 _chosen = "auto"
@@ -199,7 +200,7 @@ def _choose(
     compiles stays plain torch, which it can look into; while a CUDA graph is recorded nothing can
     be measured, and the last name is taken.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.shape[1] < _SHORTEST_MEASURED:
         return "torch"
     names = available()
     if len(names) == 1:

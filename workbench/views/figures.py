@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from workbench.models.generation import Answer
 from workbench.models.plan import Plan
+from workbench.steps.rows import Profile
 
 TEACHER = "#8a8f98"
 HYBRID = "#1f8dd0"
@@ -79,6 +80,64 @@ def cache_figure(
     figure.update_layout(**_layout(height=230))
     figure.update_xaxes(title="tokens of prompt and answer", rangemode="tozero", tickformat=",d")
     figure.update_yaxes(title="cache, KiB", rangemode="tozero", tickformat=",d")
+    return figure
+
+
+def speed_figure(profile: Profile) -> go.Figure:
+    """Draw tokens a second against the length of the prompt, a line a model.
+
+    Args:
+        profile: of several prompts; its first model is the teacher.
+
+    Returns:
+        What was measured, with the range of the rounds, and dotted the roof of the machine.
+    """
+    return _against_length(
+        profile, "tokens a second",
+        lambda row: (row.decode_tokens_per_s, row.decode_tokens_per_s_range),
+        lambda row: row.decode_bound_tokens_per_s,
+    )  # fmt: skip
+
+
+def prefill_figure(profile: Profile) -> go.Figure:
+    """Draw milliseconds of reading a prompt against its length; see `speed_figure`."""
+    return _against_length(
+        profile, "prefill, ms",
+        lambda row: (row.prefill_ms, row.prefill_ms_range),
+        lambda row: row.prefill_bound_ms,
+    )  # fmt: skip
+
+
+def _against_length(profile: Profile, title: str, measured, bound) -> go.Figure:
+    figure = go.Figure()
+    names = list(dict.fromkeys((row.model, row.batch_size) for row in profile.rows))
+    for position, (model, batch) in enumerate(names):
+        rows = [row for row in profile.rows if (row.model, row.batch_size) == (model, batch)]
+        rows = sorted(
+            (row for row in rows if measured(row)[0] is not None),
+            key=lambda row: row.n_prompt_tokens,
+        )
+        colour = HYBRID if any(row.ratio for row in rows) else TEACHER
+        name = model if batch == 1 else f"{model}, batch {batch}"
+        lengths = [row.n_prompt_tokens for row in rows]
+        values = [measured(row)[0] for row in rows]
+        figure.add_scatter(
+            x=lengths, y=values, name=name, mode="lines+markers",
+            line=dict(color=colour, width=3), marker=dict(color=colour, size=8, symbol=position),
+            error_y=dict(
+                array=[measured(r)[1][1] - v for r, v in zip(rows, values, strict=True)],
+                arrayminus=[v - measured(r)[1][0] for r, v in zip(rows, values, strict=True)],
+            ),
+            hovertemplate=f"{name}: %{{y:,.1f}} at %{{x}} tokens<extra></extra>",
+        )  # fmt: skip
+        figure.add_scatter(
+            x=lengths, y=[bound(row) for row in rows], mode="lines", showlegend=False,
+            line=dict(color=colour, width=1.5, dash="dot"),
+            hovertemplate=f"{name}, bound: %{{y:,.1f}} at %{{x}} tokens<extra></extra>",
+        )  # fmt: skip
+    figure.update_layout(**_layout(height=260))
+    figure.update_xaxes(title="tokens of the prompt", rangemode="tozero", tickformat=",d")
+    figure.update_yaxes(title=title, rangemode="tozero", tickformat=",d")
     return figure
 
 

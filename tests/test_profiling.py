@@ -1,0 +1,165 @@
+"""What a profile measures, counts, refuses, and keeps when it is cut short."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from test_engine import endless
+from trainees import PLAN, samples
+
+from workbench.errors import WorkbenchError
+from workbench.models.engine import Engine
+from workbench.steps import profiling
+from workbench.steps.bounds import amdahl, sizes
+from workbench.steps.initialization import convert
+from workbench.steps.machine import Machine
+from workbench.steps.profiling import profile
+from workbench.views.figures import prefill_figure, speed_figure
+
+
+@pytest.fixture(autouse=True)
+def known_machine(monkeypatch):
+    monkeypatch.setattr(profiling, "machine", lambda device, dtype: Machine(1e9, 1e10))
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return endless(tiny.vlm())
+
+
+def test_a_profile_has_a_row_for_each_model_and_prompt_and_counts_bytes():
+    models = [endless(tiny.vlm(layers)) for layers in (None, (0, 2), (0, 1, 2, 3))]
+    asked = [samples(1)[0], samples(1, n_images=3)[0]]
+    result = profile(models, asked, repeats=1, max_new_tokens=5)
+    assert result.device == "cpu"
+    assert result.finished
+    assert len(result.rows) == 6
+    for row, vlm in zip(result.rows, 2 * models, strict=True):
+        assert row.weight_bytes == sum(p.nbytes for p in vlm.model.parameters())
+        n_mamba = len(vlm.plan.mamba_layers) if vlm.plan else 0
+        read = row.n_prompt_tokens + row.n_new_tokens - 1
+        assert row.kv_bytes == (4 - n_mamba) * 2 * read * 48 * 4
+        assert row.ssm_bytes == n_mamba * (3 * 48 * 3 + 4 * 12 * 12) * 4
+        assert row.cache_bytes == row.kv_bytes + row.ssm_bytes
+        assert row.n_new_tokens == 5
+        assert 0 < row.prefill_ms < 60_000
+        assert row.decode_tokens_per_s > 0
+        low, high = row.decode_tokens_per_s_range
+        assert low <= row.decode_tokens_per_s <= high
+        assert row.ratio == n_mamba / 4
+    short, long = result.rows[:3], result.rows[3:]
+    assert len({row.n_prompt_tokens for row in short}) == 1
+    assert long[0].n_prompt_tokens == short[0].n_prompt_tokens + 2 * (16 + 1)
+    assert long[2].cache_bytes == short[2].cache_bytes
+    assert result.teacher_of(long[2]) is long[0]
+    reached, most = result.decode_speed_up(long[2])
+    assert reached > 0
+    assert most == amdahl(long[0].decode_mixing_share, 1.0) >= 1
+    assert result.decode_speed_up(long[0]) == (None, None)
+    plain = json.loads(json.dumps(result.to_dict()))
+    assert plain["rows"][5]["decode_speed_up"] == reached
+    assert plain["about"]["torch"] == torch.__version__
+    assert str(result).count("\n") == 6
+    for draw in (speed_figure, prefill_figure):
+        assert len(draw(result).data) == 6
+
+
+def test_the_bytes_and_operations_of_a_step_are_counted():
+    vlm = tiny.vlm((0, 2))
+    found = sizes(vlm)
+    layers = vlm.model.get_decoder().layers
+    assert found.layer_parameters == sum(p.numel() for p in layers.parameters())
+    assert found.kv_bytes_a_token == 2 * 2 * 48 * 4
+    assert found.ssm_bytes == 2 * (3 * 48 * 3 + 4 * 12 * 12) * 4
+    weights = 4 * (found.layer_parameters + 300 * 48)
+    expected = weights + 3 * (10 * 768 + 2 * found.ssm_bytes)
+    assert found.decode_bytes(3, 10) == expected
+    slow_memory = Machine(1.0, 1e30)
+    assert found.decode_seconds(slow_memory, 3, 10) == expected
+    slow_unit = Machine(1e30, 1.0)
+    dense = 2 * (7 * found.layer_parameters + 300 * 48)
+    mixing = 2 * 49 * 96 + 6 * 7 * 2 * 4 * 12 * 12
+    assert found.prefill_seconds(slow_unit, 1, 7) == dense + mixing
+
+
+def test_a_sweep_goes_over_lengths_and_batches_and_beyond_the_models_positions(teacher, tmp_path):
+    student = convert(teacher, PLAN)
+    trace = tmp_path / "trace.json"
+    result = profile(
+        [teacher, student], lengths=[8, 300], batch_sizes=[1, 2], repeats=1, max_new_tokens=3,
+        trace=trace,
+    )  # fmt: skip
+    shapes = [(r.n_prompt_tokens, r.batch_size) for r in result.rows]
+    assert shapes == [(n, b) for n in (8, 300) for b in (1, 2) for _ in range(2)]
+    assert [r.note for r in result.rows[:4]] == [""] * 4
+    assert all("speed only: the model has 256 positions" in r.note for r in result.rows[4:])
+    assert "traceEvents" in json.loads(trace.read_text())
+    saved = json.loads(result.save(tmp_path / "profile.json").read_text())
+    assert len(saved["rows"]) == 8
+
+
+def test_a_full_memory_is_a_row_and_the_sweep_goes_on(teacher, monkeypatch):
+    prefill = Engine.prefill
+
+    def full(self, inputs, **options):
+        if inputs["input_ids"].shape[1] == 20:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return prefill(self, inputs, **options)
+
+    monkeypatch.setattr(Engine, "prefill", full)
+    result = profile([teacher], lengths=[8, 20, 12], repeats=1, max_new_tokens=3)
+    assert [r.note for r in result.rows] == ["", "out of memory", ""]
+    assert result.rows[1].decode_tokens_per_s is None
+    assert result.rows[1].n_prompt_tokens == 20
+    assert "out of memory" in str(result)
+    assert len(speed_figure(result).data[0].x) == 2
+
+
+def test_what_is_interrupted_keeps_the_rows_so_far(teacher, monkeypatch):
+    prefill = Engine.prefill
+
+    def stopped(self, inputs, **options):
+        if inputs["input_ids"].shape[1] == 20:
+            raise KeyboardInterrupt
+        return prefill(self, inputs, **options)
+
+    monkeypatch.setattr(Engine, "prefill", stopped)
+    result = profile([teacher], lengths=[8, 20, 12], repeats=1, max_new_tokens=3)
+    assert [r.n_prompt_tokens for r in result.rows] == [8]
+    assert not result.finished
+    assert "interrupted" in str(result)
+
+
+def test_models_take_turns_and_figures_are_medians_without_the_first_round(teacher, monkeypatch):
+    student, calls = convert(teacher, PLAN), []
+
+    def fake(engine, inputs, n_new):
+        calls.append((engine.vlm.name, engine.wrap is not None))
+        return float(len(calls)), 1.0 / len(calls)
+
+    monkeypatch.setattr(profiling, "_once", fake)
+    result = profile([teacher, student], samples(1), repeats=3)
+    assert calls == 4 * [("tiny", False), ("tiny", True), ("tiny-50", False)]
+    assert [row.prefill_ms for row in result.rows] == [7000, 9000]
+    assert result.rows[0].decode_tokens_per_s == 7
+
+
+def test_what_cannot_be_profiled_is_said_in_a_sentence(teacher):
+    for models, options in (([], {}), (teacher, {}), ([teacher], {"repeats": 0})):
+        with pytest.raises(WorkbenchError, match="a list of at least one model, and at least one"):
+            profile(models, samples(1), **options)
+    with pytest.raises(WorkbenchError, match="at least one sample"):
+        profile([teacher], [])
+    with pytest.raises(WorkbenchError, match="samples or lengths"):
+        profile([teacher], samples(1), lengths=[8])
+    with pytest.raises(WorkbenchError, match="must be at least 1"):
+        profile([teacher], lengths=[0])
+    with pytest.raises(WorkbenchError, match="max_new_tokens must be at least 2"):
+        profile([teacher], samples(1), max_new_tokens=1)
+
+
+def test_the_profile_asks_for_a_description_and_for_several_pictures_by_itself():
+    one, many = profiling._default_samples()
+    assert one.family == "describe"
+    assert len(many.images) == 4
