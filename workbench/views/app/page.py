@@ -34,8 +34,8 @@ the same code with the same settings, and questions wait in one line for their t
 """
 WHAT_POCKET_KNOWS = """
 <p class="caption">The pocket models were trained from scratch on drawings that this project
-generates, so they know the families of these examples and nothing of photographs. The hybrids are
-young: the README has their scores.</p>
+generates, so they know the families of these examples and nothing of photographs. The README has
+their scores.</p>
 """
 WHAT_SMOLLM2_KNOWS = """
 <p class="caption">SmolLM2-135M-Instruct is a real language model, and a very small one: its English
