@@ -1,4 +1,4 @@
-"""Whether the kernels compute what the naive recurrence does, and the modes say what `generate` does."""
+"""Do the kernels compute what the naive recurrence does, and the modes say what `generate` does?"""
 
 import torch
 
