@@ -8,9 +8,12 @@ import torch
 
 from workbench.data import Sample
 from workbench.errors import WorkbenchError
+from workbench.models.decoder import read_decoder
+from workbench.models.decoding import State, step
 from workbench.models.engine import Engine, draw
 from workbench.models.generation import answer_batch, prepare_inputs, stream_answer
 from workbench.models.hybrid import build_hybrid
+from workbench.models.operations import Operations
 from workbench.models.plan import Plan
 from workbench.models.teacher import VLM
 
@@ -68,6 +71,27 @@ def test_other_families_are_read_into_records(family, layers):
     assert engine.reason is None
     inputs = prepare_inputs(vlm, [[], []], [QUESTION, "how many?"], NEW)
     assert engined(engine, inputs) == generated(vlm, inputs)
+
+
+@pytest.mark.parametrize("start", [[0], [0, 3]], ids=["one", "padded"])
+def test_a_step_that_is_recorded_says_what_one_that_slices_says(start):
+    vlm = endless(tiny.vlm((0, 2), {"rope": True}))
+    decoder, said = read_decoder(vlm.model), []
+    ids, begin = tiny.token_ids(len(start), 7), torch.tensor(start)
+    mask = (torch.arange(7) >= begin[:, None]).long()
+    for by_place in (False, True):
+        state, operations = State(decoder, len(start), 20, (0, 2)), Operations(by_place)
+        with torch.no_grad():
+            state.begin(begin)
+            given = {"input_ids": ids, "attention_mask": mask if state.padded else None}
+            vlm.model(**given, past_key_values=state.cache, use_cache=True)
+            state.follow(7)
+            state.padded = state.padded and not by_place  # a recorded step cannot ask
+            for i in range(3):
+                state.token.copy_(ids[:, i])
+                said.append(step(decoder, state, operations))
+                state.length += 1
+    torch.testing.assert_close(torch.stack(said[:3]), torch.stack(said[3:]))
 
 
 def test_a_family_that_is_not_described_runs_its_own_forward():

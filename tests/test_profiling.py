@@ -1,6 +1,7 @@
 """What a profile measures, counts, refuses, and keeps when it is cut short."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -29,7 +30,8 @@ def teacher():
 
 
 def test_a_profile_has_a_row_for_each_model_and_prompt_and_counts_bytes():
-    models = [endless(tiny.vlm(layers)) for layers in (None, (0, 2), (0, 1, 2, 3))]
+    layers = {"teacher": None, "half": (0, 2), "all": (0, 1, 2, 3)}
+    models = [replace(endless(tiny.vlm(some)), name=name) for name, some in layers.items()]
     asked = [samples(1)[0], samples(1, n_images=3)[0]]
     result = profile(models, asked, repeats=1, max_new_tokens=5)
     assert result.device == "cpu"
@@ -139,6 +141,7 @@ def test_models_take_turns_and_figures_are_medians_without_the_first_round(teach
         return float(len(calls)), 1.0 / len(calls)
 
     monkeypatch.setattr(profiling, "_once", fake)
+    monkeypatch.setattr(Engine, "bytes_held", lambda engine: (1, 2))
     result = profile([teacher, student], samples(1), repeats=3)
     assert calls == 4 * [("tiny", False), ("tiny", True), ("tiny-50", False)]
     assert [row.prefill_ms for row in result.rows] == [7000, 9000]

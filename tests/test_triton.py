@@ -1,6 +1,6 @@
 """The Triton kernels of decoding against plain torch: on a GPU, or interpreted on a CPU.
 
-Without a GPU they run with TRITON_INTERPRET=1 in the environment, slowly, where Triton is installed.
+Without a GPU they run, slowly, with TRITON_INTERPRET=1 in the environment, if Triton is there.
 """
 
 import importlib.util

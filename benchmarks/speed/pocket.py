@@ -1,6 +1,6 @@
 """The pocket models on a CPU: `generate` of transformers beside the engine, in turns, in one run.
 
-    python -m benchmarks.speed.pocket [--rounds 5] [--tokens 32] [--out benchmarks/results/speed_cpu.json]
+    python -m benchmarks.speed.pocket [--rounds 5] [--tokens 32] [--out FILE.json]
 
 Every round lets each way answer the same question with equally many tokens; the time of the prompt
 is taken off by a second answer of one token. The table gives medians over the rounds.

@@ -185,6 +185,5 @@ def _reason(error: Exception) -> str:
     return "out of memory" if out_of_memory(error) else f"{type(error).__name__}: {error}"[:200]
 
 
-PARTS = (
-    decode_phi_2, mixing_operation, prefill_phi_2, decode_large_batch, decode_smollm2, paper_figure,
-)  # fmt: skip
+FIRST = (decode_phi_2, mixing_operation, prefill_phi_2)
+REST = (decode_large_batch, decode_smollm2, paper_figure)

@@ -11,7 +11,6 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable
 from types import TracebackType
 
 import torch

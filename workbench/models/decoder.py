@@ -37,6 +37,7 @@ class Norm:
     centred: bool  # a layer norm
 
     def __call__(self, t: Tensor) -> Tensor:
+        """Normalise (..., width)."""
         if self.centred:
             return F.layer_norm(t, self.weight.shape, self.weight, self.bias, self.eps)
         return F.rms_norm(t, self.weight.shape, self.weight, self.eps)
@@ -50,6 +51,7 @@ class Matrix:
     bias: Tensor | None = None
 
     def __call__(self, t: Tensor) -> Tensor:
+        """Project (..., n_in) to (..., n_out)."""
         return F.linear(t, self.weight, self.bias)
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from workbench.errors import WorkbenchError
 from workbench.models.decoder import read_decoder, why_not
 from workbench.models.generation import end_tokens, inference, wait
-from workbench.models.operations import Compiled, Operations, Packed
+from workbench.models.operations import Compiled, Operations
+from workbench.models.packed import Packed
 from workbench.models.runners import Forward, Lean, check_left_padded
 from workbench.models.teacher import VLM
 from workbench.models.triton_operations import TritonOperations, has_triton

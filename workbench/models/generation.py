@@ -270,10 +270,7 @@ def _stream(
 ) -> Iterator[Answer]:
     stop, weight_bytes = end_tokens(vlm), sum(p.nbytes for p in vlm.model.parameters())
     n_prompt, new = inputs["input_ids"].shape[1], []
-    if engine is None:
-        steps = _plain_steps(vlm, inputs)
-    else:
-        steps = engine.timed(inputs, n_most)
+    steps = _plain_steps(vlm, inputs) if engine is None else engine.timed(inputs, n_most)
     prefill_s = decode_s = 0.0
     for token, seconds, (kv_bytes, ssm_bytes) in steps:
         prefill_s, decode_s = (prefill_s, decode_s + seconds) if new else (seconds, 0.0)

@@ -1,8 +1,8 @@
-"""Kernels for one token through a decoder: projections side by side, and attention in splits.
+"""Projections of one token, side by side in one kernel.
 
-Both are bound by memory: the weights, and the keys and values, are read once and in order, by as
-many programs as the GPU has room for. Nothing is copied to lie side by side: a program finds the
-matrix that its rows belong to. This module needs Triton; import it only where that is installed.
+They are bound by memory: weights are read once and in order, by as many programs as the GPU has
+room for. Nothing is copied to lie side by side: a program finds the matrix that its rows belong to.
+This module needs Triton; import it only where that is installed.
 """
 
 import torch
@@ -14,8 +14,6 @@ from workbench.models.decoder import Matrix, Norm
 
 MOST_MATRICES = 6
 ROWS = 8  # of a matrix, in one program
-KEYS = 64  # that a program of attention looks at together
-FEWEST_QUERIES = 16  # rows of the smallest matrix product
 ACTIVATIONS = {"gelu_new": 1, "gelu_pytorch_tanh": 1, "silu": 2, "swish": 2}
 
 
@@ -107,7 +105,7 @@ def _project_kernel(
     N5: tl.constexpr, ACTIVE: tl.constexpr, KIND: tl.constexpr,
     K: tl.constexpr, CENTRED: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out = w_i @ norm(x) + b_i, one i after the other; that of ACTIVE goes through KIND."""
+    """Write w_i @ norm(x) + b_i, one i after the other; that of ACTIVE goes through KIND."""
     block = tl.program_id(0)
     E0: tl.constexpr = (N0 + R - 1) // R
     E1: tl.constexpr = E0 + (N1 + R - 1) // R
@@ -117,23 +115,23 @@ def _project_kernel(
     if block < E0:
         _rows(w0, b0, out, block, x, gamma, beta, eps, N0, KIND if ACTIVE == 0 else 0,
               K, CENTRED, R, BK)  # fmt: skip
-    if N1 > 0:
+    if N1 > 0:  # noqa: SIM102 - compiled away, or not
         if (block >= E0) & (block < E1):
             _rows(w1, b1, out + N0, block - E0, x, gamma, beta, eps, N1,
                   KIND if ACTIVE == 1 else 0, K, CENTRED, R, BK)  # fmt: skip
-    if N2 > 0:
+    if N2 > 0:  # noqa: SIM102 - compiled away, or not
         if (block >= E1) & (block < E2):
             _rows(w2, b2, out + N0 + N1, block - E1, x, gamma, beta, eps, N2,
                   KIND if ACTIVE == 2 else 0, K, CENTRED, R, BK)  # fmt: skip
-    if N3 > 0:
+    if N3 > 0:  # noqa: SIM102 - compiled away, or not
         if (block >= E2) & (block < E3):
             _rows(w3, b3, out + N0 + N1 + N2, block - E2, x, gamma, beta, eps, N3,
                   KIND if ACTIVE == 3 else 0, K, CENTRED, R, BK)  # fmt: skip
-    if N4 > 0:
+    if N4 > 0:  # noqa: SIM102 - compiled away, or not
         if (block >= E3) & (block < E4):
             _rows(w4, b4, out + N0 + N1 + N2 + N3, block - E3, x, gamma, beta, eps, N4,
                   KIND if ACTIVE == 4 else 0, K, CENTRED, R, BK)  # fmt: skip
-    if N5 > 0:
+    if N5 > 0:  # noqa: SIM102 - compiled away, or not
         if block >= E4:
             _rows(w5, b5, out + N0 + N1 + N2 + N3 + N4, block - E4, x, gamma, beta, eps, N5,
                   KIND if ACTIVE == 5 else 0, K, CENTRED, R, BK)  # fmt: skip
@@ -144,7 +142,7 @@ def _add_kernel(
     h, out, w0, x0, b0, w1, x1, by1, b1,
     N: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out = h + w0 @ x0 + b0 + w1 @ (x1 * by1) + b1; without the second product if w1 is None."""
+    """Write h + w0 @ x0 + b0 + w1 @ (x1 * by1) + b1, or without the second product."""
     rows = tl.program_id(0) * R + tl.arange(0, R)
     inside = rows < N
     y = tl.load(h + rows, mask=inside, other=0.0).to(tl.float32)
@@ -156,88 +154,6 @@ def _add_kernel(
         if b1 is not None:
             y += tl.load(b1 + rows, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + rows, y, mask=inside)
-
-
-@triton.jit
-def _attend_kernel(
-    q, k, v, q_row, k_row, v_row, cos, sin, rotary_row, keys, values, place, start,
-    sums, tops, weights, scale, length,
-    KV: tl.constexpr, REPEATS: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
-    WIDTH: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
-    ROTATE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Attend to one split of the keys of one key head; keep the new key and value on the way."""
-    pair, split = tl.program_id(0), tl.program_id(1)
-    batch, kv = pair // KV, pair % KV
-    at = tl.load(place).to(tl.int32)
-    begin = tl.load(start + batch).to(tl.int32)
-    each = tl.cdiv(tl.cdiv(at + 1 - begin, SPLITS), BN) * BN
-    low = begin + split * each
-    high = tl.minimum(low + each, at + 1)
-    m, d = tl.arange(0, M), tl.arange(0, D2)
-    in_d = d < D
-    turns = d < WIDTH
-    other = tl.where(turns, (d + WIDTH // 2) % WIDTH, d)
-    inside = (m < REPEATS)[:, None] & in_d[None, :]
-    heads = q + batch * q_row + (kv * REPEATS + m)[:, None] * D
-    qs = tl.load(heads + d[None, :], mask=inside, other=0.0)
-    key = tl.load(k + batch * k_row + kv * D + d, mask=in_d, other=0.0)
-    value = tl.load(v + batch * v_row + kv * D + d, mask=in_d, other=0.0)
-    if ROTATE:
-        c = tl.load(cos + batch * rotary_row + d, mask=turns, other=1.0).to(tl.float32)
-        s = tl.load(sin + batch * rotary_row + d, mask=turns, other=0.0).to(tl.float32)
-        partner = tl.load(heads + other[None, :], mask=inside, other=0.0).to(tl.float32)
-        qs = (qs.to(tl.float32) * c[None, :] + partner * s[None, :]).to(q.dtype.element_ty)
-        partner = tl.load(k + batch * k_row + kv * D + other, mask=in_d, other=0.0).to(tl.float32)
-        key = (key.to(tl.float32) * c + partner * s).to(k.dtype.element_ty)
-    base = pair.to(tl.int64) * length * D
-    if (low <= at) & (at < high):
-        tl.store(keys + base + at.to(tl.int64) * D + d, key, mask=in_d)
-        tl.store(values + base + at.to(tl.int64) * D + d, value, mask=in_d)
-    top = tl.full((M,), float("-inf"), tl.float32)
-    weight = tl.zeros((M,), tl.float32)
-    total = tl.zeros((M, D2), tl.float32)
-    for first in range(low, high, BN):
-        n = first + tl.arange(0, BN)
-        old = (n < at)[:, None] & in_d[None, :] & (n < high)[:, None]
-        places = base + n.to(tl.int64)[:, None] * D + d[None, :]
-        # The newest is not in memory for sure yet: it comes from where it was computed.
-        ks = tl.load(keys + places, mask=old, other=0.0)
-        ks = tl.where((n == at)[:, None], key[None, :], ks)
-        score = tl.dot(qs, tl.trans(ks), input_precision=PRECISION) * (scale * 1.4426950408889634)
-        score = tl.where((n < high)[None, :], score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, axis=1))
-        p = tl.exp2(score - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        vs = tl.load(values + places, mask=old, other=0.0)
-        vs = tl.where((n == at)[:, None], value[None, :], vs)
-        weight = weight * shrink + tl.sum(p, axis=1)
-        total = total * shrink[:, None]
-        total += tl.dot(p.to(vs.dtype), vs, input_precision=PRECISION)
-        top = higher
-    slot = (pair * SPLITS + split) * REPEATS + m
-    tl.store(tops + slot, top, mask=m < REPEATS)
-    tl.store(weights + slot, weight, mask=m < REPEATS)
-    tl.store(sums + slot[:, None] * D + d[None, :], total, mask=inside)
-
-
-@triton.jit
-def _join_kernel(
-    sums, tops, weights, out,
-    REPEATS: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Join the splits of one head."""
-    head = tl.program_id(0)
-    pair, repeat = head // REPEATS, head % REPEATS
-    slot = (pair * SPLITS + tl.arange(0, SPLITS)) * REPEATS + repeat
-    d = tl.arange(0, D2)
-    in_d = d < D
-    top = tl.load(tops + slot)
-    share = tl.exp2(top - tl.max(top, axis=0))
-    weight = tl.sum(share * tl.load(weights + slot), axis=0)
-    total = tl.load(sums + slot[:, None] * D + d[None, :], mask=in_d[None, :], other=0.0)
-    y = tl.sum(share[:, None] * total, axis=0) / weight
-    tl.store(out + head * D + d, y, mask=in_d)
 
 
 def project(
@@ -286,64 +202,6 @@ def add(
         N=n, K0=first.weight.shape[1], K1=wide.shape[1], R=ROWS, BK=_block(wide.shape[1]),
         num_warps=4,
     )  # fmt: skip
-    return out
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    place: Tensor,
-    start: Tensor,
-    *,
-    headdim: int,
-    scale: float,
-    n_splits: int,
-) -> Tensor:
-    """Rotate, keep and attend for one token of each row; reads only the places that are filled.
-
-    Args:
-        q: (batch, heads * headdim), the last axis contiguous.
-        k: (batch, kv heads * headdim), the last axis contiguous.
-        v: like k.
-        cos: (1 or batch, 1, rotated width), or None if q and k are rotated already.
-        sin: like cos, negative in the first half.
-        keys: (batch, kv heads, places, headdim), contiguous; the new key is put at `place`.
-        values: like keys.
-        place: (1,), where the new token belongs.
-        start: (batch,), places before it are padding.
-        headdim: width of a head.
-        scale: of query times key.
-        n_splits: programs that share the keys of a head, a power of two.
-
-    Returns:
-        (batch, heads * headdim).
-    """
-    batch, n_kv, length, _ = keys.shape
-    repeats = q.shape[1] // (n_kv * headdim)
-    pairs, device = batch * n_kv, q.device
-    sums = torch.empty(pairs, n_splits, repeats, headdim, dtype=torch.float32, device=device)
-    tops, weights = torch.empty(2, pairs, n_splits, repeats, dtype=torch.float32, device=device)
-    rotate = cos is not None
-    cos, sin = (cos, sin) if rotate else (q, q)
-    D2 = max(16, triton.next_power_of_2(headdim))
-    _attend_kernel[(pairs, n_splits)](
-        q, k, v, q.stride(0), k.stride(0), v.stride(0),
-        cos, sin, cos.stride(0) if rotate and cos.shape[0] > 1 else 0,
-        keys, values, place, start, sums, tops, weights, scale, length,
-        KV=n_kv, REPEATS=repeats, D=headdim, D2=D2, WIDTH=cos.shape[-1] if rotate else 0,
-        SPLITS=n_splits, M=max(FEWEST_QUERIES, triton.next_power_of_2(repeats)), BN=KEYS,
-        ROTATE=rotate, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _join_kernel[(pairs * repeats,)](
-        sums, tops, weights, out, REPEATS=repeats, D=headdim, D2=D2, SPLITS=n_splits, num_warps=4
-    )
     return out
 
 

@@ -32,9 +32,11 @@ class TritonOperations(Operations):
     def __init__(self, decoder: Decoder, dense: bool = True) -> None:
         super().__init__(by_place=True)
         from workbench.mamba import triton_kernels as mixing
+        from workbench.models import triton_attention as attention
         from workbench.models import triton_kernels as kernels
 
-        self.mixing, self.kernels, self.dense = mixing, kernels, dense
+        self.mixing, self.attention, self.kernels = mixing, attention, kernels
+        self.dense = dense
         device = decoder.embedding.device
         self.processors = (
             torch.cuda.get_device_properties(device).multi_processor_count
@@ -71,7 +73,7 @@ class TritonOperations(Operations):
             k = normed_heads(part.k_norm, k, part.headdim)
         pairs = keys.shape[0] * keys.shape[1]
         splits = max(2, PROGRAMS_A_PROCESSOR * self.processors // pairs)
-        return self.kernels.attend(
+        return self.attention.attend(
             q, k, v, cos, sin, keys, values, state.place, state.start,
             headdim=part.headdim, scale=part.scale, n_splits=1 << (splits - 1).bit_length(),
         )  # fmt: skip

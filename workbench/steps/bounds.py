@@ -2,7 +2,7 @@
 
 *Roof*: a step cannot take less time than its bytes need at the machine's bandwidth, nor than its
 operations need at the rate of a large matrix product. *Amdahl*: a hybrid that mixes in no time at
-all still pays for everything else; the share of mixing in the teacher is measured by leaving it out.
+all still pays for the rest; the share of mixing in the teacher is measured by leaving it out.
 """
 
 from collections.abc import Iterator

@@ -117,8 +117,8 @@ class Profile:
     def __str__(self) -> str:
         peak = any(row.peak_mib is not None for row in self.rows)
         lines = [
-            f"{'model':<14}{'batch':>6}{'prompt':>8}{'prefill ms':>12}{'tokens/s':>10}{'of roof':>9}"
-            f"{'speed-up':>10}{'at most':>9}{'weights MiB':>13}{'cache KiB':>11}"
+            f"{'model':<14}{'batch':>6}{'prompt':>8}{'prefill ms':>12}{'tokens/s':>10}"
+            f"{'of roof':>9}{'speed-up':>10}{'at most':>9}{'weights MiB':>13}{'cache KiB':>11}"
             + (f"{'peak MiB':>10}" if peak else "")
         ]
         for r in self.rows:
