@@ -171,8 +171,8 @@ check(
 # %% [markdown]
 # ## Fitting instead of guessing
 #
-# None of these starts has looked at the teacher **at work**. `calibrated`, the default of `convert`,
-# does, for a dozen sequences, and needs no gradient: for each head it tries several rates of
+# None of these starts has looked at the teacher **at work**. `calibrated`, the default, does, for a
+# dozen sequences, and needs no gradient: for each head it tries several rates of
 # forgetting, and for each it solves a least-squares problem, output of the mixer → output of the
 # attention. The best rate stays; the map is folded into $W_O$ (`workbench/steps/calibration.py`).
 # LoLCATs calls a fit of this kind, there by gradient, attention transfer

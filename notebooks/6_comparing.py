@@ -80,8 +80,9 @@ for name, report in reports.items():
 # ## Token by token
 #
 # `read_together` makes both models read the same answer and returns, for every token, the KL of
-# their expectations and what each would have said (`compare(...).kl` is its mean). The answers read are the reference ones, so
-# both see the same past; otherwise a difference early on would be counted again and again.
+# their expectations and what each would have said (`compare(...).kl` is its mean). The answers read
+# are the reference ones, so both see the same past; otherwise a difference early on would be
+# counted again and again.
 
 # %%
 judges = [s for s in some if s.family == "describe"][:2]
