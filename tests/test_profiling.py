@@ -26,7 +26,7 @@ def known_machine(monkeypatch):
 
 @pytest.fixture(scope="module")
 def teacher():
-    return endless(tiny.vlm())
+    return tiny.vlm()
 
 
 def test_a_profile_has_a_row_for_each_model_and_prompt_and_counts_bytes():
