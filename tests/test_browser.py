@@ -188,7 +188,7 @@ def test_two_people_at_once_both_get_their_own_answers(open_page):
 
 def test_stop_ends_the_answer_and_the_next_question_works(open_page):
     page = open_page()
-    ask(page)
+    ask(page, "Describe the picture.")  # long enough to be stopped on a busy machine
     page.wait_for_selector(".card.teacher[data-state=reading], .card.teacher[data-state=writing]")
     page.locator("#stop").click()
     page.wait_for_selector(".card.hybrid[data-state=stopped]")
