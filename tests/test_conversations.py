@@ -21,7 +21,7 @@ from workbench.data.conversations import (
 )
 from workbench.data.scenes import FAMILIES, TRAIN_ONLY, Turn, make_scene
 from workbench.errors import WorkbenchError
-from workbench.models.generation import build_prompt
+from workbench.models.prompts import build_prompt
 from workbench.models.teacher import POCKET, VLM
 
 N_IMAGE_TOKENS = 256

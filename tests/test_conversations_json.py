@@ -12,7 +12,8 @@ from workbench.data import Sample, load_data
 from workbench.data.conversations import IGNORE
 from workbench.data.conversations_json import load_conversations
 from workbench.errors import WorkbenchError
-from workbench.models.generation import answer_batch, build_prompt
+from workbench.models.generation import answer_batch
+from workbench.models.prompts import build_prompt
 from workbench.models.teacher import VLM
 from workbench.steps.answers import answers_of
 from workbench.steps.batches import collate

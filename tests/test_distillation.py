@@ -16,9 +16,9 @@ from workbench.data import Sample, load_data
 from workbench.data.conversations import IGNORE, Encoder, TrainingBatches, pixels
 from workbench.errors import WorkbenchError
 from workbench.models.families import decoder_layers
-from workbench.models.generation import prepare_inputs
 from workbench.models.plan import Plan
 from workbench.models.pocket_model import pocket_config
+from workbench.models.prompts import prepare_inputs
 from workbench.models.teacher import POCKET, VLM
 from workbench.steps import objective
 from workbench.steps.batches import as_batches, collate, ready_batch

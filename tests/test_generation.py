@@ -7,13 +7,8 @@ from tokenizers.processors import TemplateProcessing
 
 from workbench.data import Sample
 from workbench.errors import WorkbenchError
-from workbench.models.generation import (
-    answer,
-    answer_batch,
-    build_prompt,
-    prepare_inputs,
-    stream_answer,
-)
+from workbench.models.generation import answer, answer_batch, stream_answer
+from workbench.models.prompts import build_prompt, prepare_inputs
 from workbench.models.teacher import VLM
 
 QUESTION = "which colour is the bar?"

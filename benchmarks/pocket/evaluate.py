@@ -9,34 +9,15 @@ Writes OUT (a JSON file) with machine, date, command and versions.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import shlex
-import sys
 from pathlib import Path
 
 import torch
-import transformers
 
 import workbench as wb
+from workbench.steps.machine import about
 
 PARTS = (("pocket", "test"), ("pocket", "unseen"), ("easy-vqa", "test"))
-
-
-def machine(device: str) -> dict[str, str]:
-    """Where and when the figures were made."""
-    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else "none"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "gpu": gpu,
-        "cpu_cores": str(os.cpu_count()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "command": shlex.join(["python", "-m", "benchmarks.pocket.evaluate", *sys.argv[1:]]),
-    }
 
 
 def main() -> None:
@@ -63,7 +44,7 @@ def main() -> None:
             print(result, flush=True)
             results.append(result.to_dict())
     if args.out:
-        report = {"machine": machine(args.device), "results": results}
+        report = {"machine": about(torch.device(args.device)), "results": results}
         Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -24,7 +24,7 @@ def read(paths: list[str]) -> dict[str, dict[str, dict]]:
 
 def table(scores: dict[str, dict[str, dict]]) -> str:
     """A Markdown table: a row per family, a column per model, percent."""
-    rows = [["share of answers that are right, %", *scores], ["---", *["---:"] * len(scores)]]
+    rows = [["right answers, %", *scores], ["---", *["---:"] * len(scores)]]
     for data, prefix in PARTS.items():
         families = next(iter(scores.values()))[data]["by_family"]
         for family in families:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 import workbench as wb
-from workbench.models.generation import build_prompt, end_tokens
+from workbench.models.generation import end_tokens
+from workbench.models.prompts import build_prompt
 
 
 def write_chats(

@@ -10,17 +10,11 @@ so many of each kind. Writes OUT.json and OUT.md with machine, date, command and
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import transformers
 
 import workbench as wb
 from benchmarks.smollm2.corpus import HELDOUT
@@ -28,6 +22,7 @@ from workbench.data.text import Document, Texts, load_texts
 from workbench.models import smollm2
 from workbench.models.delta import load_delta
 from workbench.models.hybrid import plan_of
+from workbench.steps.machine import about
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -66,20 +61,6 @@ def first_of_each_kind(texts: Texts, characters: int | None) -> Texts:
     return Texts(texts.name, kept)
 
 
-def machine(device: str) -> dict[str, str]:
-    """Where and when the figures were made."""
-    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else "none"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "gpu": gpu,
-        "cpu_cores": str(os.cpu_count()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "command": shlex.join(["python", "-m", "benchmarks.smollm2.evaluate", *sys.argv[1:]]),
-    }
-
-
 def table(results: Sequence[wb.Perplexity]) -> str:
     """A Markdown table: a row for each kind of text, a column for each model."""
     kinds = [row.kind for row in results[0].rows]
@@ -98,13 +79,13 @@ def quoted(text: str) -> str:
     return "\n".join(f"> {line}".rstrip() for line in (text or "(nothing)").splitlines())
 
 
-def markdown(about: dict, results: Sequence[wb.Perplexity], chats: dict[str, dict]) -> str:
+def markdown(where: dict, results: Sequence[wb.Perplexity], chats: dict[str, dict]) -> str:
     """The whole report."""
     parts = [
         "# SmolLM2-135M-Instruct and its hybrids",
-        f"Measured {about['date']}, GPU {about['gpu']}, {about['cpu_cores']} "
-        f"CPU cores, torch {about['torch']}, transformers {about['transformers']}, by "
-        f"`{about['command']}`. Held-out text, windows of {results[0].context} tokens.",
+        f"Measured {where['date']}, {where['device']}, {where['cpu_cores']} "
+        f"CPU cores, torch {where['torch']}, transformers {where['transformers']}, by "
+        f"`{where['command']}`. Held-out text, windows of {results[0].context} tokens.",
         table(results),
         "## The same questions to all of them",
         "Greedy, cut off where a long answer is.",
@@ -138,11 +119,11 @@ def main() -> None:
             question: wb.answer(vlm, [], question, max_new_tokens=args.answer_tokens).text
             for question in QUESTIONS
         }
-    about = machine(args.device)
-    written = markdown(about, results, chats)
+    where = about(torch.device(args.device))
+    written = markdown(where, results, chats)
     print(written)
     if args.out:
-        report = {"machine": about, "perplexity": [r.to_dict() for r in results], "chats": chats}
+        report = {"machine": where, "perplexity": [r.to_dict() for r in results], "chats": chats}
         Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
         Path(f"{args.out}.md").write_text(written)
 

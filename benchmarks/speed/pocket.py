@@ -16,7 +16,7 @@ import torch
 
 from workbench.data import load_data
 from workbench.models.engine import Engine
-from workbench.models.generation import prepare_inputs
+from workbench.models.prompts import prepare_inputs
 from workbench.models.teacher import load
 from workbench.steps.machine import about
 

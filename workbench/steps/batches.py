@@ -13,7 +13,7 @@ from torch import Tensor
 from workbench.data import Sample, Texts
 from workbench.data.conversations import IGNORE
 from workbench.errors import WorkbenchError
-from workbench.models.generation import position_limit
+from workbench.models.prompts import position_limit
 from workbench.models.teacher import VLM
 from workbench.steps.writing import write_conversation
 

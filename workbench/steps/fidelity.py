@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from workbench.data import Texts
 from workbench.errors import WorkbenchError
 from workbench.models.families import decoder_layers, text_config
-from workbench.models.generation import position_limit
 from workbench.models.hybrid import mixers
+from workbench.models.prompts import position_limit
 from workbench.models.teacher import VLM
 from workbench.steps.batches import Batch, collate, ready_batch
 from workbench.steps.losses import LOGITS_AT_ONCE, divergence, head_logits

@@ -5,10 +5,13 @@ And who it is, so that a figure can be traced: names, versions, date and command
 
 import datetime
 import functools
+import os
 import platform
+import shlex
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers
@@ -57,12 +60,24 @@ def about(device: torch.device) -> dict[str, str]:
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": name,
+        "cpu_cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "command": " ".join([sys.argv[0].rsplit("/", 1)[-1], *sys.argv[1:]]),
+        "command": _command(),
     }
+
+
+def _command() -> str:
+    """What was run, so that it can be run again; where its results went is nobody's business."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    run = ["-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
+    given = sys.argv[1:]
+    if "--out" in given:
+        at = given.index("--out")
+        given = given[:at] + given[at + 2 :]
+    return shlex.join(["python", *run, *given])
 
 
 def _best(device: torch.device, work) -> float:

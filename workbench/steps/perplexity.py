@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from workbench.data.text import Document, Texts, load_texts, plain_ids
 from workbench.errors import WorkbenchError
-from workbench.models.generation import position_limit
+from workbench.models.prompts import position_limit
 from workbench.models.teacher import VLM
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from workbench.data import Sample, load_data
 from workbench.errors import WorkbenchError
 from workbench.models.engine import Engine
-from workbench.models.generation import inference, position_limit, prepare_inputs, wait
+from workbench.models.generation import inference, wait
+from workbench.models.prompts import position_limit, prepare_inputs
 from workbench.models.teacher import VLM
 from workbench.steps.bounds import Idle, idle_attention, out_of_memory, ratio, sizes
 from workbench.steps.machine import about, machine

@@ -13,6 +13,7 @@ from workbench.data.conversations import IGNORE
 from workbench.errors import WorkbenchError
 from workbench.models.teacher import VLM
 from workbench.steps.batches import collate
+from workbench.steps.fidelity import hidden_states, token_fidelity
 from workbench.steps.losses import divergence, head_logits
 
 
@@ -74,14 +75,11 @@ def read_together(
 
 def mean_kl(teacher: VLM, student: VLM, samples: Sequence[Sample]) -> float:
     """Return the mean KL(teacher || student) over all tokens of the answers, in nats."""
-    nats = [t.kl_nats for answer in read_together(teacher, student, samples) for t in answer]
-    return sum(nats) / len(nats)
+    return token_fidelity(teacher, student, samples).kl
 
 
 @torch.no_grad()
 def _logits(vlm: VLM, batch: dict, wanted: Tensor) -> Tensor:
     """(tokens, vocab) in float32 on the CPU, where a wanted token is predicted."""
-    device = vlm.model.device
-    inputs = {k: v.to(device) for k, v in batch.items() if k != "labels" and isinstance(v, Tensor)}
-    hidden = vlm.model.base_model(**inputs, use_cache=False).last_hidden_state
-    return head_logits(vlm.model, hidden[:, :-1][wanted.to(device)]).float().cpu()
+    hidden = hidden_states(vlm, batch)
+    return head_logits(vlm.model, hidden[:, :-1][wanted.to(hidden.device)]).float().cpu()

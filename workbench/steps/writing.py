@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from workbench.data import Sample
-from workbench.models.generation import build_prompt
+from workbench.models.prompts import build_prompt
 from workbench.models.teacher import VLM
 
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import gradio as gr
 
 from workbench.errors import WorkbenchError
-from workbench.models.generation import Answer, sees, stream_answer
+from workbench.models.generation import Answer, stream_answer
+from workbench.models.prompts import sees
 from workbench.models.teacher import VLM, load
 from workbench.views.app import cards
 from workbench.views.app.examples import examples, is_example

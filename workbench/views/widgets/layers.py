@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import ipywidgets
 
 from workbench.data import Sample, load_data
-from workbench.models.generation import answer, position_limit
+from workbench.models.generation import answer
 from workbench.models.plan import Plan
+from workbench.models.prompts import position_limit
 from workbench.models.teacher import VLM
 from workbench.steps.budget import Budget, budget
 from workbench.steps.initialization import convert

@@ -1,6 +1,7 @@
 """What all widgets share: a box of controls, data to read back, and a drawing that stands still."""
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from html import escape
 
@@ -11,7 +12,7 @@ from workbench.errors import WorkbenchError
 WIDE = ipywidgets.Layout(width="100%")
 
 
-class Panel:
+class Panel(ABC):
     """Controls above a drawing.
 
     A page that can run widgets gets the live box; any other page gets `to_html()` and `str()`.
@@ -33,14 +34,14 @@ class Panel:
         """Renew the drawing."""
         self.picture.value = self.to_html()
 
+    @abstractmethod
     def to_html(self) -> str:
         """Return the drawing as HTML that needs no script."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def value(self) -> dict:
         """All that the widget shows, as plain data."""
-        raise NotImplementedError
 
     def say(self, text: str, *, wrong: bool = False) -> None:
         """Show a sentence above the drawing; screen readers read it out."""

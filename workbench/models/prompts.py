@@ -1,0 +1,111 @@
+"""From questions with their pictures to what a model reads: one left-padded batch."""
+
+from collections.abc import Sequence
+
+from PIL import Image
+from torch import Tensor
+
+from workbench.errors import WorkbenchError
+from workbench.models.families import text_config
+from workbench.models.teacher import VLM
+
+
+def sees(vlm: VLM) -> bool:
+    """Tell whether a model takes pictures, or reads text only."""
+    return hasattr(vlm.processor, "image_processor")
+
+
+def build_prompt(vlm: VLM, n_images: int, question: str) -> str:
+    """Write the text that the model reads, with the chat template where the model has one.
+
+    Args:
+        vlm: the model that will be asked.
+        n_images: pictures that stand before the question.
+        question: in plain words.
+
+    Raises:
+        WorkbenchError: the question is empty, or a language model is given pictures.
+    """
+    if not isinstance(question, str) or not question.strip():
+        raise WorkbenchError("The question is empty; ask something.")
+    seeing = sees(vlm)
+    if n_images and not seeing:
+        raise WorkbenchError(f"{vlm.name} reads text only; ask it without pictures.")
+    token = getattr(vlm.processor, "image_token", None) or "<image>"
+    if seeing and token in question:
+        raise WorkbenchError(
+            f"The question contains {token!r}, which stands for a picture; leave it out."
+        )
+    written = f"{token}\n" * n_images + question
+    if seeing and vlm.processor.chat_template:
+        writer = vlm.processor
+        written = [{"type": "image"}] * n_images + [{"type": "text", "text": question}]
+    elif vlm.tokenizer.chat_template:
+        writer = vlm.tokenizer
+    else:
+        return f"USER: {written} ASSISTANT:"
+    messages = [{"role": "user", "content": written}]
+    return writer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def prepare_inputs(
+    vlm: VLM,
+    images: Sequence[Sequence[Image.Image]],
+    questions: Sequence[str],
+    max_new_tokens: int,
+) -> dict[str, Tensor]:
+    """Turn questions with their pictures into one left-padded batch on the model's device.
+
+    Args:
+        vlm: the model that will be asked.
+        images: for each question, its pictures.
+        questions: in plain words.
+        max_new_tokens: checked only.
+
+    Returns:
+        What the model's forward takes: input_ids, attention_mask, and pixel_values of the pictures.
+
+    Raises:
+        WorkbenchError: as `stream_answer`.
+    """
+    if max_new_tokens < 1:
+        raise WorkbenchError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    images = [_checked_images(some) for some in images]
+    prompts = [
+        build_prompt(vlm, len(some), question)
+        for some, question in zip(images, questions, strict=True)
+    ]
+    if vlm.tokenizer.pad_token is None:
+        vlm.tokenizer.pad_token = vlm.tokenizer.eos_token
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    if any(images):
+        options["images"] = images
+    bos = vlm.tokenizer.bos_token
+    if bos and prompts[0].startswith(bos):  # the template wrote it: the tokenizer must not again
+        options["add_special_tokens"] = False
+    inputs = vlm.processor(text=prompts, **options)
+    inputs.pop("token_type_ids", None)
+    limit, length = position_limit(vlm), inputs["input_ids"].shape[1]
+    if length >= limit:
+        raise WorkbenchError(
+            f"The question is too long: with its pictures it takes {length} tokens, and {vlm.name} "
+            f"has {limit} positions for question and answer together."
+        )
+    return {
+        name: t.to(vlm.model.device, vlm.model.dtype if t.is_floating_point() else None)
+        for name, t in inputs.items()
+    }
+
+
+def position_limit(vlm: VLM) -> int:
+    """Return how many tokens the model can see at most, question and answer together."""
+    return text_config(vlm.model).max_position_embeddings
+
+
+def _checked_images(images: Sequence[Image.Image]) -> list[Image.Image]:
+    if isinstance(images, Image.Image):
+        raise WorkbenchError("Images must be a list, even if there is only one: write [image].")
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise WorkbenchError(f"Images must be PIL images, not {type(image).__name__}.")
+    return list(images)
