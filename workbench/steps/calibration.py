@@ -41,7 +41,7 @@ def calibrate(student: VLM, teacher: VLM, batch: Batch) -> None:
     kept. A quantised output projection stays as it is.
 
     Args:
-        student: a hybrid whose mixers pass their input through (`pass_through`).
+        student: a hybrid whose mixers pass their input on (`Mamba2Mixer.reset_to_pass_through`).
         teacher: the model that it was built from.
         batch: model inputs, with `real` or `attention_mask` where there is padding.
     """
