@@ -26,6 +26,7 @@ from workbench.data.text import TextBatches, TokenIds, encode_chats, load_texts,
 from workbench.models import smollm2
 from workbench.models.delta import load_delta, save_delta
 from workbench.models.hybrid import plan_of
+from workbench.steps.stages import RECIPES
 
 
 def on_gpu() -> bool:
@@ -94,13 +95,14 @@ def train_hybrid(
 ) -> Path:
     """Convert, distil, save."""
     plan = wb.choose_layers(teacher, ratio=percent / 100)
-    steps = args.steps or steps_in(seconds, teacher, plan, data, args)
-    student = wb.convert(
-        teacher, plan, init=args.init, calibration=data, seed=args.seed,
-        name=f"{teacher.name}-{percent:g}",
+    stages = RECIPES[args.recipe]
+    steps = args.steps or steps_in(
+        seconds, stages, lambda: started(teacher, plan, data, args),
+        lambda student, **how: distilled(student, teacher, data, args, **how),
     )  # fmt: skip
+    student = started(teacher, plan, data, args)
     run = distilled(
-        student, teacher, data, args, steps=steps, log_every=args.log_every,
+        student, teacher, data, args, recipe=stages, steps=steps, log_every=args.log_every,
         on_step=lambda row: print(f"{percent} {row}", flush=True),
     )  # fmt: skip
     folder = Path(args.out) / f"hybrid-{percent:g}"
@@ -162,6 +164,8 @@ def main() -> None:
     """Command line."""
     args = parsed()
     torch.set_float32_matmul_precision("high")
+    # Every layer compiles on its own: with and without gradients, Mamba-2 or not.
+    torch._dynamo.config.recompile_limit = 64
     start = time.perf_counter()
     teacher = load_teacher(args)
     print(f"{teacher}\nloaded in {time.perf_counter() - start:.0f} s", flush=True)

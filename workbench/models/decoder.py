@@ -79,7 +79,8 @@ class MixerPart:
     B: Matrix
     x: Matrix
     z: Matrix | None
-    dt: Matrix  # its bias is added in float32
+    dt: Matrix
+    dt_bias: Tensor  # (n_heads,), added in float32
     C_norm: Norm | None
     B_norm: Norm | None
     conv_weight: Tensor  # (channels of x, B and C, d_conv)
@@ -223,7 +224,8 @@ def _mixer(mixer: Mamba2Mixer) -> MixerPart:
         B=B,
         x=x,
         z=_matrix(mixer.z_proj) if config.gate else None,
-        dt=Matrix(mixer.dt_weight, mixer.dt_bias),
+        dt=Matrix(mixer.dt_weight),
+        dt_bias=mixer.dt_bias,
         C_norm=_norm(getattr(mixer, names.C_norm)) if names.C_norm else None,
         B_norm=_norm(getattr(mixer, names.B_norm)) if names.B_norm else None,
         conv_weight=mixer.conv1d.weight.squeeze(1),

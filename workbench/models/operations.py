@@ -106,7 +106,7 @@ def matrices(block: Block) -> tuple[Matrix, ...]:
         inward = (part.q, part.k, part.v)
     else:
         gate = () if part.z is None else (part.z,)
-        inward = (part.C, part.B, part.x, *gate, Matrix(part.dt.weight))
+        inward = (part.C, part.B, part.x, *gate, part.dt)
     return inward if block.second_norm is not None else (*inward, *feeding(block))
 
 
@@ -169,7 +169,7 @@ def mix(
     if repeats > 1:
         x, B = (t.repeat_interleave(repeats, dim=1) for t in (x, B))
     raw_dt = inward[3 if part.z is None else 4]
-    dt = F.softplus(raw_dt.to(part.dt.bias.dtype) + part.dt.bias)
+    dt = F.softplus(raw_dt.to(part.dt_bias.dtype) + part.dt_bias)
     y, after = plain.ssd_step(x, dt, -torch.exp(part.A_log), B, C, state=ssm_state)
     ssm_state.copy_(after)
     y = (y + x * part.D[:, None]).flatten(1)

@@ -95,7 +95,7 @@ class TritonOperations(Operations):
             B = normed_heads(part.B_norm, inward[1], part.config.d_state)
             inward = (C, B, *inward[2:])
         return self.mixing.mix_step(
-            inward, part.config, part.conv_weight, part.conv_bias, part.A_log, part.dt.bias,
+            inward, part.config, part.conv_weight, part.conv_bias, part.A_log, part.dt_bias,
             part.D, part.norm_weight, cos, sin, conv_state, ssm_state,
         )  # fmt: skip
 
