@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.pocket import table as pocket_table
+from benchmarks.speed import table as speed_table
+
 HOUSE = Path(__file__).resolve().parents[1]
 ROOMS = ["errors", "mamba", "models", "data", "steps", "views"]  # a room imports rooms to its left
 MODULES = sorted((HOUSE / "workbench").rglob("*.py"))
@@ -108,6 +111,14 @@ def tree_paths(tree: str) -> list[str]:
         if name.endswith("/"):
             above.append((indent, name.rstrip("/")))
     return paths
+
+
+def test_readme_says_what_the_measurements_say():
+    readme, results = (HOUSE / "README.md").read_text(), HOUSE / "benchmarks" / "results"
+    scores = pocket_table.read([str(path) for path in results.glob("scores_*.json")])
+    written = [pocket_table.table(scores), *speed_table.tables(results / "speed_h200.json")]
+    missing = [table.partition("\n")[0] for table in written if table not in readme]
+    assert not missing, "these tables are not what benchmarks/ would print"
 
 
 def test_tree_paths_reads_both_ways_of_drawing():

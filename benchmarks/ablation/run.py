@@ -71,7 +71,7 @@ def main() -> None:
     args = arguments()
     torch.set_float32_matmul_precision("high")
     teacher = wb.load_teacher(args.teacher, device=args.device)
-    rows = [row for row in ROWS if args.only is None or row.group in args.only]
+    rows = [row for row in ROWS if args.only is None or {row.group, row.name} & set(args.only)]
     found, jobs = [], len(rows) * len(args.ratios) * args.seeds
     share = 60 * args.minutes / jobs if args.minutes else None
     for seed in range(args.seeds):
@@ -95,7 +95,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--limit", type=int, default=64, help="held-out samples of each KL")
     parser.add_argument("--minutes", type=float, help="of training, over all rows together")
-    parser.add_argument("--only", nargs="+", choices=sorted({row.group for row in ROWS}))
+    names = sorted({name for row in ROWS for name in (row.group, row.name)})
+    parser.add_argument("--only", nargs="+", choices=names, metavar="ROW", help="or its group")
     parser.add_argument("--name", default="pocket")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()

@@ -1,0 +1,81 @@
+"""Print the README's tables of speed, made of what benchmarks.speed.check_gpu wrote.
+
+python -m benchmarks.speed.table benchmarks/results/speed_h200.json
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def ratio_of(row: dict) -> str:
+    """Tell "teacher", or the hybrid's share of Mamba-2 as the model's name has it."""
+    return row["model"].partition(" ")[2] or "teacher"
+
+
+def grid(rows: Iterable[dict], mode: str) -> tuple[dict, list[str]]:
+    """(tokens, batch) -> ratio -> row, and the ratios in their order."""
+    cells: dict[tuple[int, int], dict[str, dict]] = {}
+    for row in rows:
+        if row["mode"] == mode:
+            cells.setdefault((row["tokens"], row["batch"]), {})[ratio_of(row)] = row
+    return cells, list(dict.fromkeys(name for found in cells.values() for name in found))
+
+
+def milliseconds(row: dict | None) -> str:
+    """A figure with the share of its Amdahl bound that a hybrid reaches, or why there is none."""
+    if row is None:
+        return ""
+    if "ms" not in row:
+        return row["note"]
+    figure = f"{row['ms']:,.0f}" if row["ms"] >= 100 else f"{row['ms']:.3g}"
+    if "speed_up" not in row:
+        return f"{figure} ({100 * row['of_bound']:.0f} % of bound)"
+    return f"{figure} ({row['speed_up']:.2f}x of {row['amdahl']:.2f}x)"
+
+
+def table(rows: Iterable[dict], mode: str, title: str) -> str:
+    """Markdown: a row for each context and batch, a column for each ratio."""
+    cells, ratios = grid(rows, mode)
+    lines = [f"| {title} | {' | '.join(ratios)} |", "| --- |" + " ---: |" * len(ratios)]
+    for (tokens, batch), found in sorted(cells.items(), key=lambda cell: cell[0][::-1]):
+        figures = " | ".join(milliseconds(found.get(name)) for name in ratios)
+        lines.append(f"| {batch} x {tokens:,} | {figures} |")
+    return "\n".join(lines)
+
+
+def modes(rows: Iterable[dict], tokens: int) -> str:
+    """Markdown: one sequence at one length, a row for each mode."""
+    rows = [row for row in rows if (row["tokens"], row["batch"]) == (tokens, 1) and "ms" in row]
+    found: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        found.setdefault(row["mode"], {})[ratio_of(row)] = row
+    ratios = ("teacher", "50.0%")
+    lines = [f"| mode, 1 x {tokens:,} | {' | '.join(ratios)} |", "| --- | ---: | ---: |"]
+    for mode, by_ratio in found.items():
+        lines.append(f"| {mode} | {' | '.join(milliseconds(by_ratio.get(r)) for r in ratios)} |")
+    return "\n".join(lines)
+
+
+def tables(path: str | Path) -> list[str]:
+    """All of them: decode, its modes, and prefill."""
+    rows = json.loads(Path(path).read_text())["rows"]
+    decode = [row for row in rows if row["what"] == "decode"]
+    prefill = [row for row in rows if row["what"] == "prefill"]
+    return [
+        table(decode, "graph", "ms a token, batch x context"),
+        modes(decode, 828),
+        table(prefill, "static", "ms a prompt, batch x tokens"),
+    ]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file")
+    print("\n\n".join(tables(parser.parse_args().file)))
+
+
+if __name__ == "__main__":
+    main()
