@@ -125,6 +125,16 @@ def test_figures_stand_on_the_card(heard, picture):
         assert figure in last.hybrid
 
 
+def test_the_card_shows_a_measured_peak_where_there_is_one():
+    figures = {
+        "text": "a", "n_prompt_tokens": 1, "n_new_tokens": 1, "prefill_ms": 1.0,
+        "decode_tokens_per_s": 0.0, "kv_bytes": 0, "ssm_bytes": 0, "weight_bytes": 3 << 20,
+    }  # fmt: skip
+    held, measured = Answer(**figures), Answer(**figures, peak_bytes=5 << 20)
+    assert "<dt>Weights and cache</dt><dd>3.0" in cards._figures(held)
+    assert "<dt>Peak</dt><dd>5.0" in cards._figures(measured)
+
+
 def test_several_pictures_reach_the_models(heard, picture):
     ask(picture * 3, "What differs?", "pocket-25", 64)
     assert [call[1] for call in heard] == [3, 3]

@@ -7,6 +7,7 @@ from tokenizers.processors import TemplateProcessing
 
 from workbench.data import Sample
 from workbench.errors import WorkbenchError
+from workbench.models import generation
 from workbench.models.generation import answer, answer_batch, stream_answer
 from workbench.models.prompts import build_prompt, prepare_inputs
 from workbench.models.teacher import VLM
@@ -54,6 +55,24 @@ def test_figures_are_what_the_cache_and_the_weights_hold():
     assert min(one.prefill_ms, one.decode_tokens_per_s) > 0
     assert json.loads(json.dumps(other.to_dict()))["cache_bytes"] == other.cache_bytes
     assert f"{other.n_prompt_tokens} prompt tokens" in str(other)
+
+
+def test_the_peak_is_weights_and_what_came_on_top(monkeypatch):
+    vlm = endless(tiny.vlm())
+    assert answer(vlm, [tiny.image()], QUESTION, max_new_tokens=2).peak_bytes is None  # on a CPU
+    monkeypatch.setattr(generation, "_memory_now", lambda device: 5000)
+    monkeypatch.setattr(generation, "_memory_peak", lambda device: 5700)
+    one = answer(vlm, [tiny.image()], QUESTION, max_new_tokens=2)
+    assert one.peak_bytes == one.weight_bytes + 700
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_peak_on_a_gpu_holds_the_cache():
+    vlm = endless(tiny.vlm())
+    vlm = VLM(vlm.name, vlm.model.cuda(), vlm.processor)
+    one = answer(vlm, [tiny.image()], QUESTION, max_new_tokens=20)
+    assert one.peak_bytes >= one.weight_bytes + one.cache_bytes
 
 
 def test_a_stream_grows_token_by_token_and_ends_at_the_end_token():

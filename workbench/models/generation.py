@@ -45,6 +45,7 @@ class Answer:
     kv_bytes: int  # keys and values that the cache holds
     ssm_bytes: int  # Mamba-2 states that the cache holds
     weight_bytes: int
+    peak_bytes: int | None = None  # weights and all that came on top, as measured on a GPU
 
     @property
     def cache_bytes(self) -> int:
@@ -180,6 +181,9 @@ def _stream(
     stop, weight_bytes = end_tokens(vlm), sum(p.nbytes for p in vlm.model.parameters())
     n_prompt, new = inputs["input_ids"].shape[1], []
     steps = _plain_steps(vlm, inputs) if engine is None else engine.timed(inputs, n_most)
+    # An engine has its cache before the first step, so that nothing of it would come on top.
+    device = vlm.model.device if engine is None else torch.device("cpu")
+    before = _memory_now(device)
     prefill_s = decode_s = 0.0
     for token, seconds, (kv_bytes, ssm_bytes) in steps:
         prefill_s, decode_s = (prefill_s, decode_s + seconds) if new else (seconds, 0.0)
@@ -196,6 +200,7 @@ def _stream(
             kv_bytes=kv_bytes,
             ssm_bytes=ssm_bytes,
             weight_bytes=weight_bytes,
+            peak_bytes=None if before is None else weight_bytes + _memory_peak(device) - before,
         )
         if final:
             return
@@ -211,6 +216,18 @@ def _plain_steps(vlm: VLM, inputs: dict[str, Tensor]) -> Iterator[Step]:
         token, seconds = _timed_step(vlm, cache, **inputs)
         yield token.item(), seconds, cache_bytes(cache)
         inputs = {"input_ids": token}
+
+
+def _memory_now(device: torch.device) -> int | None:
+    """Bytes that tensors hold, from which `_memory_peak` counts on; None where none are counted."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _memory_peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device)
 
 
 def _check_engine(vlm: VLM, engine: "Engine | None") -> None:

@@ -130,6 +130,14 @@ def _parting(teacher: list[str], hybrid: list[str], at: int) -> str:
     return f"{start}: the teacher says <mark>{said[0]}</mark>, the hybrid <mark>{said[1]}</mark>."
 
 
+def _memory(answer: Answer | None) -> tuple[str, str | None, str]:
+    """The peak where it can be measured for one model, else what must stand in memory."""
+    if answer is not None and answer.peak_bytes is not None:
+        return "Peak", f"{answer.peak_bytes / MIB:,.1f}", "MiB"
+    held = answer and answer.weight_bytes + answer.cache_bytes
+    return "Weights and cache", held and f"{held / MIB:,.1f}", "MiB"
+
+
 def _figures(answer: Answer | None) -> str:
     """Lay out the figures as a list of terms; a dash stands where there is none yet."""
     rows = [
@@ -143,11 +151,7 @@ def _figures(answer: Answer | None) -> str:
         ("Keys, values", answer and f"{answer.kv_bytes / KIB:,.0f}", "KiB"),
         ("States", answer and f"{answer.ssm_bytes / KIB:,.0f}", "KiB"),
         ("Weights", answer and f"{answer.weight_bytes / MIB:,.1f}", "MiB"),
-        (
-            "Weights and cache",
-            answer and f"{(answer.weight_bytes + answer.cache_bytes) / MIB:,.1f}",
-            "MiB",
-        ),
+        _memory(answer),
     ]
     items = "".join(
         f"<div><dt>{name}</dt><dd>{value or '–'} <span>{unit}</span></dd></div>"
