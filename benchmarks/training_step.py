@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import workbench as wb
 from benchmarks.plain_step import PlainStep
-from workbench.steps.stages import RECIPES
+from workbench.steps.training.stages import RECIPES
 
 WAYS = ("plain", "matvlm", "align", "distill")
 SIZES = {  # SmolLM2-135M's config.json, and what a test can afford

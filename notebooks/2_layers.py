@@ -27,9 +27,9 @@ import torch
 import workbench as wb
 from workbench.data.conversations import IGNORE
 from workbench.models.families import decoder_layers
-from workbench.steps.batches import collate
-from workbench.steps.budget import budget
-from workbench.steps.together import mean_kl
+from workbench.steps.efficiency.budget import budget
+from workbench.steps.quality.together import mean_kl
+from workbench.steps.training.batches import collate
 from workbench.views.charts import bars_figure
 from workbench.views.lessons import check, versions
 from workbench.views.widgets import layer_picker

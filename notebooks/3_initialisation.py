@@ -28,7 +28,7 @@ import torch
 import workbench as wb
 from workbench.models.families import decoder_layers
 from workbench.models.hybrid import mixers
-from workbench.steps.together import mean_kl
+from workbench.steps.quality.together import mean_kl
 from workbench.views.charts import bars_figure
 from workbench.views.lessons import check, versions
 from workbench.views.widgets import init_bench
@@ -174,7 +174,8 @@ check(
 # None of these starts has looked at the teacher **at work**. `calibrated`, the default, does, for a
 # dozen sequences, and needs no gradient: for each head it tries several rates of
 # forgetting, and for each it solves a least-squares problem, output of the mixer → output of the
-# attention. The best rate stays; the map is folded into $W_O$ (`workbench/steps/calibration.py`).
+# attention. The best rate stays; the map is folded into $W_O$
+# (`workbench/steps/conversion/calibration.py`).
 # LoLCATs calls a fit of this kind, there by gradient, attention transfer
 # ([arXiv 2410.10254](https://arxiv.org/abs/2410.10254)).
 

@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 
 import workbench as wb
-from workbench.steps.stages import RECIPES
-from workbench.steps.together import mean_kl
+from workbench.steps.quality.together import mean_kl
+from workbench.steps.training.stages import RECIPES
 from workbench.views.charts import bars_figure
 from workbench.views.lessons import check, versions
 from workbench.views.widgets import distill_dashboard

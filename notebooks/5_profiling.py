@@ -24,7 +24,7 @@ import time
 
 import workbench as wb
 from workbench.models.families import decoder_layers
-from workbench.steps.budget import budget
+from workbench.steps.efficiency.budget import budget
 from workbench.views.charts import curves_figure
 from workbench.views.lessons import check, versions
 from workbench.views.widgets import profile_explorer

@@ -24,7 +24,7 @@ import math
 import torch
 
 import workbench as wb
-from workbench.steps.together import mean_kl, read_together
+from workbench.steps.quality.together import mean_kl, read_together
 from workbench.views.charts import bars_figure, curves_figure
 from workbench.views.lessons import check, versions
 from workbench.views.widgets import answer_viewer

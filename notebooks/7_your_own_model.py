@@ -38,8 +38,8 @@ from transformers import (
 import workbench as wb
 from workbench.models.families import decoder_layers
 from workbench.models.hybrid import mixers
-from workbench.steps.budget import budget
-from workbench.steps.initialization import LICENCES
+from workbench.steps.conversion.initialization import LICENCES
+from workbench.steps.efficiency.budget import budget
 from workbench.views.charts import curves_figure
 from workbench.views.lessons import check, versions
 

@@ -4,9 +4,9 @@ from argparse import Namespace
 
 from benchmarks.ablation.run import ROWS, table
 from workbench.models.hybrid import MIXER_OPTIONS
-from workbench.steps.initialization import INITS
-from workbench.steps.selection import METHODS
-from workbench.steps.stages import RECIPES
+from workbench.steps.conversion.initialization import INITS
+from workbench.steps.conversion.selection import METHODS
+from workbench.steps.training.stages import RECIPES
 
 
 def test_every_row_can_be_made():

@@ -17,10 +17,10 @@ from trainees import PLAN, same, samples, tensors
 
 from workbench.errors import WorkbenchError
 from workbench.models.plan import Plan
-from workbench.steps import checkpoints
-from workbench.steps.distillation import Stage, distill
-from workbench.steps.initialization import convert
-from workbench.steps.watch import Watch
+from workbench.steps.conversion.initialization import convert
+from workbench.steps.training import checkpoints
+from workbench.steps.training.distillation import Stage, distill
+from workbench.steps.training.watch import Watch
 
 STAGES = [
     Stage("align", 5, layer_weight=1, trains="mixers"),

@@ -14,11 +14,11 @@ from workbench.data.conversations import IGNORE
 from workbench.errors import WorkbenchError
 from workbench.models.hybrid import mixers
 from workbench.models.teacher import VLM
-from workbench.steps import evaluation, fidelity
-from workbench.steps.batches import collate
-from workbench.steps.comparison import compare
-from workbench.steps.fidelity import layer_fit, token_fidelity
-from workbench.steps.initialization import convert
+from workbench.steps.conversion.initialization import convert
+from workbench.steps.quality import evaluation, fidelity
+from workbench.steps.quality.comparison import compare
+from workbench.steps.quality.fidelity import layer_fit, token_fidelity
+from workbench.steps.training.batches import collate
 
 
 @pytest.fixture(scope="module")

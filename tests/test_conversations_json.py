@@ -15,10 +15,10 @@ from workbench.errors import WorkbenchError
 from workbench.models.generation import answer_batch
 from workbench.models.prompts import build_prompt
 from workbench.models.teacher import VLM
-from workbench.steps.answers import answers_of
-from workbench.steps.batches import collate
-from workbench.steps.distillation import distill
-from workbench.steps.initialization import convert
+from workbench.steps.conversion.initialization import convert
+from workbench.steps.training.answers import answers_of
+from workbench.steps.training.batches import collate
+from workbench.steps.training.distillation import distill
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_the_teachers_own_answers_become_the_targets(teacher, monkeypatch):
     distill(convert(teacher, PLAN, init="matvlm"), teacher, data, steps=2)
     with pytest.raises(WorkbenchError, match="no sample to ask"):
         answers_of(teacher, [])
-    monkeypatch.setattr("workbench.steps.answers.answer_batch", lambda *_, **__: [""] * 5)
+    monkeypatch.setattr("workbench.steps.training.answers.answer_batch", lambda *_, **__: [""] * 5)
     with pytest.raises(WorkbenchError, match="tiny gave no reply to any of 5 samples"):
         answers_of(teacher, some)
 

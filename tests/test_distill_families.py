@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from workbench.models.plan import Plan
 from workbench.models.teacher import VLM
-from workbench.steps.distillation import Stage, distill
-from workbench.steps.losses import head_logits
-from workbench.steps.objective import Objective, places
+from workbench.steps.training.distillation import Stage, distill
+from workbench.steps.training.losses import head_logits
+from workbench.steps.training.objective import Objective, places
 
 PLAN = Plan(tiny.N_LAYERS, (0, 3))
 STAGE = Stage("s", 2, layer_weight=1, kl_weight=1, tokens="all", trains="mixers+projector")

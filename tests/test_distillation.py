@@ -17,15 +17,15 @@ from workbench.data.conversations import IGNORE, Encoder, TrainingBatches, pixel
 from workbench.errors import WorkbenchError
 from workbench.models.families import decoder_layers
 from workbench.models.plan import Plan
-from workbench.models.pocket_model import pocket_config
 from workbench.models.prompts import prepare_inputs
+from workbench.models.sources.pocket_model import pocket_config
 from workbench.models.teacher import POCKET, VLM
-from workbench.steps import objective
-from workbench.steps.batches import as_batches, collate, ready_batch
-from workbench.steps.distillation import Stage, distill
-from workbench.steps.initialization import convert
-from workbench.steps.selection import choose_layers
-from workbench.steps.stages import trained_parameters
+from workbench.steps.conversion.initialization import convert
+from workbench.steps.conversion.selection import choose_layers
+from workbench.steps.training import objective
+from workbench.steps.training.batches import as_batches, collate, ready_batch
+from workbench.steps.training.distillation import Stage, distill
+from workbench.steps.training.stages import trained_parameters
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,8 @@ def test_collate_asks_a_language_model_and_writes_the_first_token_once():
 
 
 def test_samples_come_in_a_new_order_each_time_round(teacher, monkeypatch):
-    monkeypatch.setattr("workbench.steps.batches.collate", lambda vlm, some, longest: list(some))
+    collating = "workbench.steps.training.batches.collate"
+    monkeypatch.setattr(collating, lambda vlm, some, longest: list(some))
 
     def rounds(seed):
         batches = as_batches(teacher, list(range(10)), batch_size=4, seed=seed)

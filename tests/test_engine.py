@@ -8,12 +8,12 @@ import torch
 
 from workbench.data import Sample
 from workbench.errors import WorkbenchError
-from workbench.models.decoder import read_decoder
-from workbench.models.decoding import State, step
-from workbench.models.engine import Engine, draw
+from workbench.models.engine.decoder import read_decoder
+from workbench.models.engine.decoding import State, step
+from workbench.models.engine.engine import Engine, draw
+from workbench.models.engine.operations import Operations
 from workbench.models.generation import answer_batch, stream_answer
 from workbench.models.hybrid import build_hybrid
-from workbench.models.operations import Operations
 from workbench.models.plan import Plan
 from workbench.models.prompts import prepare_inputs
 from workbench.models.teacher import VLM

@@ -11,13 +11,13 @@ from workbench.errors import WorkbenchError
 from workbench.models.hybrid import mixers
 from workbench.models.plan import Plan
 from workbench.models.teacher import VLM
-from workbench.steps import calibration, initialization
-from workbench.steps.alignment import align
-from workbench.steps.calibration import calibrate
-from workbench.steps.comparison import compare
-from workbench.steps.fidelity import layer_fit, token_fidelity
-from workbench.steps.initialization import convert, default_calibration
-from workbench.steps.selection import choose_layers
+from workbench.steps.conversion import calibration, initialization
+from workbench.steps.conversion.alignment import align
+from workbench.steps.conversion.calibration import calibrate
+from workbench.steps.conversion.initialization import convert, default_calibration
+from workbench.steps.conversion.selection import choose_layers
+from workbench.steps.quality.comparison import compare
+from workbench.steps.quality.fidelity import layer_fit, token_fidelity
 
 EVERY = Plan(tiny.N_LAYERS, tuple(range(tiny.N_LAYERS)))
 

@@ -23,13 +23,13 @@ from workbench.errors import WorkbenchError
 from workbench.models.families import decoder_layers
 from workbench.models.hybrid import mixers
 from workbench.models.teacher import VLM
-from workbench.steps import losses
-from workbench.steps.batches import collate
-from workbench.steps.distillation import distill
-from workbench.steps.initialization import convert
-from workbench.steps.losses import Divergence, divergence, head_logits, token_losses
-from workbench.steps.objective import Objective, places
-from workbench.steps.stages import (
+from workbench.steps.conversion.initialization import convert
+from workbench.steps.training import losses
+from workbench.steps.training.batches import collate
+from workbench.steps.training.distillation import distill
+from workbench.steps.training.losses import Divergence, divergence, head_logits, token_losses
+from workbench.steps.training.objective import Objective, places
+from workbench.steps.training.stages import (
     RECIPES,
     Stage,
     parameter_groups,

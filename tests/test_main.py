@@ -15,7 +15,7 @@ from workbench.models.hybrid import mixers
 from workbench.models.teacher import load, save
 from workbench.steps import headless
 from workbench.steps.headless import distill_from, read_settings
-from workbench.steps.stages import stage_from_dict
+from workbench.steps.training.stages import stage_from_dict
 
 
 @pytest.fixture(scope="module")

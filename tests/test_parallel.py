@@ -11,9 +11,9 @@ import torch
 from trainees import PLAN, samples, tensors
 
 from workbench.errors import WorkbenchError
-from workbench.steps.distillation import Stage, distill
-from workbench.steps.initialization import convert
-from workbench.steps.parallel import Processes, own_device
+from workbench.steps.conversion.initialization import convert
+from workbench.steps.training.distillation import Stage, distill
+from workbench.steps.training.parallel import Processes, own_device
 
 # Not the relative layer loss: it measures each batch by a scale of its own.
 STAGES = [

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config
 
 from workbench.errors import WorkbenchError
-from workbench.models import hub, loading, problems
+from workbench.models.sources import hub, loading, problems
 from workbench.models.teacher import load, load_teacher, save
 
 

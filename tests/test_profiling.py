@@ -11,11 +11,11 @@ from trainees import PLAN, samples
 
 from workbench.errors import WorkbenchError
 from workbench.models.engine import Engine
-from workbench.steps import profiling
-from workbench.steps.bounds import amdahl, sizes
-from workbench.steps.initialization import convert
-from workbench.steps.machine import Machine
-from workbench.steps.profiling import profile
+from workbench.steps.conversion.initialization import convert
+from workbench.steps.efficiency import profiling
+from workbench.steps.efficiency.bounds import amdahl, sizes
+from workbench.steps.efficiency.machine import Machine
+from workbench.steps.efficiency.profiling import profile
 from workbench.views.figures import prefill_figure, speed_figure
 
 

@@ -9,7 +9,7 @@ from workbench.data import load_data
 from workbench.data.recall import FILLER, TOKENS_PER_FACT, load_recall
 from workbench.errors import WorkbenchError
 from workbench.models.teacher import VLM
-from workbench.steps.evaluation import evaluate
+from workbench.steps.quality.evaluation import evaluate
 
 FACT = r"The number of (\w+)'s (\w+) is (\d{4})\."
 

@@ -10,12 +10,12 @@ from trainees import PLAN, same, samples, stack, tensors
 
 from workbench.errors import WorkbenchError
 from workbench.models.plan import Plan
-from workbench.steps import scores as scoring
-from workbench.steps.comparison import token_fidelity
-from workbench.steps.initialization import convert
-from workbench.steps.probe import Probe
-from workbench.steps.scores import Scores, greedy, score_layers
-from workbench.steps.selection import choose_layers
+from workbench.steps.conversion import scores as scoring
+from workbench.steps.conversion.initialization import convert
+from workbench.steps.conversion.probe import Probe
+from workbench.steps.conversion.scores import Scores, greedy, score_layers
+from workbench.steps.conversion.selection import choose_layers
+from workbench.steps.quality.comparison import token_fidelity
 
 EVERY = Plan(tiny.N_LAYERS, tuple(range(tiny.N_LAYERS)))
 

@@ -13,10 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import workbench as wb
 from benchmarks.smollm2 import corpus, evaluate, prompts, readers, sources, train_hybrids
 from workbench.data.text import TokenIds
-from workbench.models import smollm2
 from workbench.models.delta import load_delta, save_delta
 from workbench.models.hybrid import build_hybrid, mixers
 from workbench.models.plan import Plan
+from workbench.models.sources import smollm2
 from workbench.models.teacher import VLM
 
 gguf = pytest.importorskip("gguf")

@@ -10,9 +10,9 @@ from trainees import PLAN, graded, samples
 from workbench.data import load_data
 from workbench.errors import WorkbenchError
 from workbench.models.generation import answer_batch
-from workbench.steps import evaluation
-from workbench.steps.evaluation import evaluate
-from workbench.steps.initialization import convert
+from workbench.steps.conversion.initialization import convert
+from workbench.steps.quality import evaluation
+from workbench.steps.quality.evaluation import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ from transformers import AutoModelForImageTextToText
 from workbench.data.samples import Sample
 from workbench.errors import WorkbenchError
 from workbench.mamba.layout import pack
-from workbench.models import tinyllava_model
 from workbench.models.generation import answer, answer_batch
 from workbench.models.hybrid import mixers, plan_of
 from workbench.models.plan import Plan
 from workbench.models.prompts import build_prompt, prepare_inputs
+from workbench.models.sources import tinyllava_model
+from workbench.models.sources.tinyllava_model import SYSTEM
 from workbench.models.teacher import load, load_teacher, save
-from workbench.models.tinyllava_model import SYSTEM
-from workbench.steps.initialization import convert
+from workbench.steps.conversion.initialization import convert
 
 QUESTION = "What is in the picture?"
 N_TOKENS = miniature.N_PATCHES - 1

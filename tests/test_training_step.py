@@ -30,8 +30,8 @@ def test_the_plain_step_has_the_papers_losses(monkeypatch):
     from benchmarks.plain_step import PlainStep
     from workbench.models.plan import Plan
     from workbench.models.teacher import VLM
-    from workbench.steps.distillation import Stage, distill
-    from workbench.steps.initialization import convert
+    from workbench.steps.conversion.initialization import convert
+    from workbench.steps.training.distillation import Stage, distill
 
     teacher = VLM("t", tiny.language_model("llama"), None)
     student = convert(teacher, Plan(4, (0, 2)), init="matvlm")

@@ -11,9 +11,9 @@ import tiny
 import torch
 from test_engine import endless, words
 
-from workbench.models.decoder import read_decoder
-from workbench.models.decoding import State, step
-from workbench.models.operations import Operations
+from workbench.models.engine.decoder import read_decoder
+from workbench.models.engine.decoding import State, step
+from workbench.models.engine.operations import Operations
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -62,7 +62,7 @@ def run(vlm, operations, batch, start, n=5):
 
 
 def both(vlm, batch, start):
-    from workbench.models.triton_operations import TritonOperations
+    from workbench.models.engine.triton_operations import TritonOperations
 
     vlm.model.to(DEVICE)
     expected, states = run(vlm, lambda _: Operations(), batch, start)

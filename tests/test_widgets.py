@@ -12,10 +12,10 @@ import tiny
 import workbench as wb
 from workbench.data import Sample
 from workbench.models.plan import Plan
-from workbench.steps.budget import budget
-from workbench.steps.profiling import Profile, ProfileRow
-from workbench.steps.stages import Stage
-from workbench.steps.together import mean_kl, read_together
+from workbench.steps.efficiency.budget import budget
+from workbench.steps.efficiency.profiling import Profile, ProfileRow
+from workbench.steps.quality.together import mean_kl, read_together
+from workbench.steps.training.stages import Stage
 from workbench.views import widgets
 from workbench.views.widgets.drawing import Bar, Line, bars, cells, lines
 

@@ -18,7 +18,7 @@ from transformers import (
 
 from workbench.models.hybrid import build_hybrid
 from workbench.models.plan import Plan
-from workbench.models.pocket_model import build_pocket_processor
+from workbench.models.sources.pocket_model import build_pocket_processor
 from workbench.models.teacher import VLM
 
 HOUSE = Path(__file__).resolve().parents[1]

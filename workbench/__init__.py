@@ -23,17 +23,17 @@ from workbench.errors import WorkbenchError
 from workbench.models.generation import Answer, answer, stream_answer
 from workbench.models.plan import Plan
 from workbench.models.teacher import VLM, load, load_teacher, save
-from workbench.steps.alignment import align
-from workbench.steps.answers import answers_of
-from workbench.steps.comparison import Comparison, compare
-from workbench.steps.distillation import Run, Stage, StepRow, distill
-from workbench.steps.evaluation import Evaluation, evaluate
-from workbench.steps.fidelity import LayerFit, layer_fit
-from workbench.steps.initialization import convert
-from workbench.steps.perplexity import Perplexity, perplexity
-from workbench.steps.profiling import Profile, profile
-from workbench.steps.scores import Scores, score_layers
-from workbench.steps.selection import choose_layers
+from workbench.steps.conversion.alignment import align
+from workbench.steps.conversion.initialization import convert
+from workbench.steps.conversion.scores import Scores, score_layers
+from workbench.steps.conversion.selection import choose_layers
+from workbench.steps.efficiency.profiling import Profile, profile
+from workbench.steps.quality.comparison import Comparison, compare
+from workbench.steps.quality.evaluation import Evaluation, evaluate
+from workbench.steps.quality.fidelity import LayerFit, layer_fit
+from workbench.steps.quality.perplexity import Perplexity, perplexity
+from workbench.steps.training.answers import answers_of
+from workbench.steps.training.distillation import Run, Stage, StepRow, distill
 
 __all__ = [
     "VLM", "Answer", "Comparison", "Dataset", "Evaluation", "LayerFit", "Perplexity", "Plan",

@@ -17,9 +17,9 @@ from pathlib import Path
 from workbench.data import load_data
 from workbench.errors import WorkbenchError
 from workbench.models.teacher import load
-from workbench.steps.evaluation import evaluate
 from workbench.steps.headless import distill_from, read_settings
-from workbench.steps.parallel import Processes, own_device
+from workbench.steps.quality.evaluation import evaluate
+from workbench.steps.training.parallel import Processes, own_device
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -24,7 +24,7 @@ import transformers
 
 import workbench as wb
 from workbench.data.conversations import Encoder, TrainingBatches
-from workbench.steps.fidelity import Fidelity, token_fidelity
+from workbench.steps.quality.fidelity import Fidelity, token_fidelity
 
 RESULTS = Path(__file__).parents[1] / "results"
 KEPT = {"rope": True, "bias": True}

@@ -18,7 +18,7 @@ from workbench.data import easy_vqa
 from workbench.data.assets import load_atlas
 from workbench.data.conversations import MIXTURE
 from workbench.data.scenes import make_scene
-from workbench.models.pocket_model import build_pocket_processor
+from workbench.models.sources.pocket_model import build_pocket_processor
 
 VOCAB_SIZE = 2048
 SPECIAL = ("<pad>", "</s>", "USER:", "ASSISTANT:", "<image>")  # ids 0..4

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import workbench as wb
-from workbench.steps.machine import about
+from workbench.steps.efficiency.machine import about
 
 PARTS = (("pocket", "test"), ("pocket", "unseen"), ("easy-vqa", "test"))
 

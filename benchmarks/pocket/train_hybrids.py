@@ -19,7 +19,7 @@ import workbench as wb
 from benchmarks.timing import steps_in
 from workbench.data.conversations import MIXTURE, Encoder, TrainingBatches
 from workbench.models.delta import load_delta, save_delta
-from workbench.steps.stages import RECIPES, Stage
+from workbench.steps.training.stages import RECIPES, Stage
 
 # What the teacher itself finds hard is where a student falls behind.
 HARD = {"count": 4.0, "grid": 2.5, "word": 2.0, "letters": 1.0, "describe": 0.5, "flag": 0.5}

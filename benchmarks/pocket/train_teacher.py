@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from workbench.data.conversations import IGNORE, Encoder, TrainingBatches
-from workbench.models.pocket_model import pocket_config
+from workbench.models.sources.pocket_model import pocket_config
 
 
 def config_for(tokenizer: PreTrainedTokenizerBase) -> LlavaConfig:

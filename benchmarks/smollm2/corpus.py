@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks.smollm2.prompts import write_prompts
 from benchmarks.smollm2.sources import SOURCES, Source
 from workbench.data.text import plain_ids
-from workbench.models.smollm2 import find_gguf, read_tokenizer
+from workbench.models.sources.smollm2 import find_gguf, read_tokenizer
 
 HELDOUT = Path(__file__).parent / "heldout"
 SHINGLE = 13  # words in a row that no held-out text may share with the training text

@@ -19,10 +19,10 @@ import torch
 import workbench as wb
 from benchmarks.smollm2.corpus import HELDOUT
 from workbench.data.text import Document, Texts, load_texts
-from workbench.models import smollm2
 from workbench.models.delta import load_delta
 from workbench.models.hybrid import plan_of
-from workbench.steps.machine import about
+from workbench.models.sources import smollm2
+from workbench.steps.efficiency.machine import about
 
 QUESTIONS = (
     "What is the capital of France?",

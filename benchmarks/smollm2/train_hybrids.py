@@ -23,10 +23,10 @@ from benchmarks.smollm2.chats import write_chats
 from benchmarks.smollm2.corpus import HELDOUT
 from benchmarks.timing import steps_in
 from workbench.data.text import TextBatches, TokenIds, encode_chats, load_texts, read_ids
-from workbench.models import smollm2
 from workbench.models.delta import load_delta, save_delta
 from workbench.models.hybrid import plan_of
-from workbench.steps.stages import RECIPES
+from workbench.models.sources import smollm2
+from workbench.steps.training.stages import RECIPES
 
 
 def on_gpu() -> bool:

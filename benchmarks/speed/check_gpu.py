@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.speed import checks, timings
-from workbench.steps.bounds import out_of_memory
-from workbench.steps.machine import about, machine
+from workbench.steps.efficiency.bounds import out_of_memory
+from workbench.steps.efficiency.machine import about, machine
 
 
 class Notes:

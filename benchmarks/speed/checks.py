@@ -4,11 +4,11 @@ import torch
 
 from benchmarks.speed.models import TINY, hybrid, llama, phi
 from workbench.mamba import kernels, ssd
-from workbench.models.decoder import read_decoder
-from workbench.models.decoding import State, step
 from workbench.models.engine import MODES, Engine
-from workbench.models.operations import Operations
-from workbench.models.triton_operations import TritonOperations
+from workbench.models.engine.decoder import read_decoder
+from workbench.models.engine.decoding import State, step
+from workbench.models.engine.operations import Operations
+from workbench.models.engine.triton_operations import TritonOperations
 
 # Relative error ||out - ref|| / ||ref||: float32 products may run as tf32, bfloat16 has 8 bits.
 TOLERANCE = {torch.float32: 3e-3, torch.bfloat16: 3e-2}

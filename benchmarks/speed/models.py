@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalL
 
 from workbench.models.hybrid import build_hybrid
 from workbench.models.teacher import VLM
-from workbench.steps.selection import choose_layers
+from workbench.steps.conversion.selection import choose_layers
 
 PHI_2 = {
     "vocab_size": 51200, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32,

@@ -18,7 +18,7 @@ from workbench.data import load_data
 from workbench.models.engine import Engine
 from workbench.models.prompts import prepare_inputs
 from workbench.models.teacher import load
-from workbench.steps.machine import about
+from workbench.steps.efficiency.machine import about
 
 MODELS = ("pocket", "pocket-25", "pocket-50", "pocket-100")
 MODES = ("static",)

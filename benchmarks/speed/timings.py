@@ -9,8 +9,15 @@ import torch
 from benchmarks.speed.models import PHI_2, SMOLLM2_135M, free, hybrid, llama, phi
 from workbench.mamba import kernels
 from workbench.models.engine import Engine
-from workbench.steps.bounds import Idle, amdahl, idle_attention, out_of_memory, ratio, sizes
-from workbench.steps.machine import machine
+from workbench.steps.efficiency.bounds import (
+    Idle,
+    amdahl,
+    idle_attention,
+    out_of_memory,
+    ratio,
+    sizes,
+)
+from workbench.steps.efficiency.machine import machine
 
 RATIOS = (0, 0.125, 0.25, 0.5, 0.75, 1)
 STEPS, ROUNDS = 32, 3

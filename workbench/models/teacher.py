@@ -8,13 +8,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from workbench.errors import WorkbenchError
-from workbench.models import smollm2
 from workbench.models.delta import load_delta
 from workbench.models.families import decoder_layers, family_name
-from workbench.models.hub import fetch, is_hub_id
 from workbench.models.hybrid import plan_of
-from workbench.models.loading import DeviceMap, Request, quiet, read_folder
 from workbench.models.plan import Plan
+from workbench.models.sources import smollm2
+from workbench.models.sources.hub import fetch, is_hub_id
+from workbench.models.sources.loading import DeviceMap, Request, quiet, read_folder
 
 # The teacher that travels with the package, and its hybrids, named by their percentage of Mamba-2.
 POCKET = Path(__file__).parent / "pocket"

@@ -13,12 +13,12 @@ from workbench.errors import WorkbenchError
 from workbench.models.families import decoder_layers
 from workbench.models.plan import Plan
 from workbench.models.teacher import VLM, load, load_teacher, save
-from workbench.steps.distillation import distill
-from workbench.steps.initialization import convert
-from workbench.steps.parallel import Processes, own_device
-from workbench.steps.runs import Run, StepRow
-from workbench.steps.selection import choose_layers
-from workbench.steps.stages import stage_from_dict
+from workbench.steps.conversion.initialization import convert
+from workbench.steps.conversion.selection import choose_layers
+from workbench.steps.training.distillation import distill
+from workbench.steps.training.parallel import Processes, own_device
+from workbench.steps.training.runs import Run, StepRow
+from workbench.steps.training.stages import stage_from_dict
 
 # What a file of settings may say, and of what kind it is; `distill` says what most of it means.
 WHERE_FROM = {"teacher": str, "student": str, "device": str}

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from workbench.models.generation import Answer
 from workbench.models.plan import Plan
-from workbench.steps.rows import Profile
+from workbench.steps.efficiency.rows import Profile
 
 TEACHER = "#8a8f98"
 HYBRID = "#1f8dd0"

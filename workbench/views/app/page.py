@@ -7,8 +7,8 @@ from typing import NamedTuple
 import gradio as gr
 
 from workbench.data import Sample
-from workbench.models import smollm2
 from workbench.models.prompts import sees
+from workbench.models.sources import smollm2
 from workbench.models.teacher import POCKET_HYBRIDS, POCKET_TEACHER, VLM
 from workbench.views.app import cards
 from workbench.views.app.examples import examples, thumbnail

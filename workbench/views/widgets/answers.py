@@ -10,7 +10,7 @@ from workbench.data import Sample, load_data
 from workbench.errors import WorkbenchError
 from workbench.models.generation import answer
 from workbench.models.teacher import VLM
-from workbench.steps.together import Token, read_together
+from workbench.steps.quality.together import Token, read_together
 from workbench.views.widgets.drawing import side_by_side, table
 from workbench.views.widgets.panel import Panel, button, row
 

@@ -9,8 +9,8 @@ import ipywidgets
 
 from workbench.errors import WorkbenchError
 from workbench.models.teacher import VLM
-from workbench.steps.distillation import Run, StepRow, distill
-from workbench.steps.stages import plan_stages
+from workbench.steps.training.distillation import Run, StepRow, distill
+from workbench.steps.training.stages import plan_stages
 from workbench.views.widgets.drawing import (
     HYBRID,
     TEACHER,

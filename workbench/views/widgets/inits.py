@@ -7,8 +7,8 @@ import ipywidgets
 from workbench.data import Sample, load_data
 from workbench.models.plan import Plan
 from workbench.models.teacher import VLM
-from workbench.steps.initialization import INITS, convert
-from workbench.steps.together import read_together
+from workbench.steps.conversion.initialization import INITS, convert
+from workbench.steps.quality.together import read_together
 from workbench.views.widgets.drawing import HYBRID, TEACHER, Bar, bars, side_by_side, table
 from workbench.views.widgets.panel import Panel, button, row
 

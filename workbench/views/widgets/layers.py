@@ -9,11 +9,11 @@ from workbench.models.generation import answer
 from workbench.models.plan import Plan
 from workbench.models.prompts import position_limit
 from workbench.models.teacher import VLM
-from workbench.steps.budget import Budget, budget
-from workbench.steps.initialization import convert
-from workbench.steps.scores import Scores
-from workbench.steps.selection import choose_layers, even_layers
-from workbench.steps.together import mean_kl
+from workbench.steps.conversion.initialization import convert
+from workbench.steps.conversion.scores import Scores
+from workbench.steps.conversion.selection import choose_layers, even_layers
+from workbench.steps.efficiency.budget import Budget, budget
+from workbench.steps.quality.together import mean_kl
 from workbench.views.widgets.drawing import (
     HYBRID,
     TEACHER,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import ipywidgets
 
-from workbench.steps.profiling import Profile
+from workbench.steps.efficiency.profiling import Profile
 from workbench.views.widgets.drawing import (
     HYBRID,
     TEACHER,

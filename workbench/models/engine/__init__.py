@@ -1,0 +1,5 @@
+"""One token at a time, as fast as the machine allows: the same engine for teacher and student."""
+
+from workbench.models.engine.engine import MODES, Engine
+
+__all__ = ["MODES", "Engine"]

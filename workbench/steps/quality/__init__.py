@@ -1,0 +1,1 @@
+"""What a model answers, and how far a student is from its teacher."""
