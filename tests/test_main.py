@@ -16,6 +16,7 @@ from workbench.models.teacher import load, save
 from workbench.steps import headless
 from workbench.steps.headless import distill_from, read_settings
 from workbench.steps.training.stages import stage_from_dict
+from workbench.steps.training.trackers import track
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,24 @@ def test_a_run_from_a_file_ends_in_a_model_that_loads(tmp_path, settings, capsys
     assert main([*command, "--limit", "3", "--device", "cpu", "--json", scores]) == 0
     assert json.loads((tmp_path / "scores.json").read_text())["n"] == 3
     assert "model on talk.json" in capsys.readouterr().out
+
+
+def test_a_run_writes_for_tensorboard_too(tmp_path, settings):
+    seen = []
+    distill_from(settings | {"track": "tensorboard"}, on_step=seen.append)
+    assert [row.step for row in seen] == [1, 2, 3, 4]
+    events = b"".join(p.read_bytes() for p in (tmp_path / "run").rglob("events.out.tfevents.*"))
+    for name in (b"kl_nats", b"layer_losses/1", b"tokens_per_s"):
+        assert name in events
+    assert b"ce_nats" not in events  # this recipe has none
+
+
+def test_trackers_that_are_not_there_are_named(tmp_path, monkeypatch):
+    with pytest.raises(WorkbenchError, match="choose tensorboard or trackio"):
+        track("paper", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(WorkbenchError, match="pip install trackio"):
+        track("trackio", tmp_path)
 
 
 def test_stages_stand_in_the_file_and_toml_reads_alike(tmp_path, settings):

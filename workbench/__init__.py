@@ -34,10 +34,12 @@ from workbench.steps.quality.fidelity import LayerFit, layer_fit
 from workbench.steps.quality.perplexity import Perplexity, perplexity
 from workbench.steps.training.answers import answers_of
 from workbench.steps.training.distillation import Run, Stage, StepRow, distill
+from workbench.steps.training.trackers import track
 
 __all__ = [
     "VLM", "Answer", "Comparison", "Dataset", "Evaluation", "LayerFit", "Perplexity", "Plan",
     "Profile", "Run", "Sample", "Scores", "Stage", "StepRow", "WorkbenchError", "align", "answer",
     "answers_of", "choose_layers", "compare", "convert", "distill", "evaluate", "layer_fit", "load",
     "load_data", "load_teacher", "perplexity", "profile", "save", "score_layers", "stream_answer",
+    "track",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from workbench.steps.training.distillation import distill
 from workbench.steps.training.parallel import Processes, own_device
 from workbench.steps.training.runs import Run, StepRow
 from workbench.steps.training.stages import stage_from_dict
+from workbench.steps.training.trackers import track
 
 # What a file of settings may say, and of what kind it is; `distill` says what most of it means.
 WHERE_FROM = {"teacher": str, "student": str, "device": str}
@@ -29,7 +30,7 @@ TRAINING = {
     "max_length": int, "seed": int, "compile_layers": bool, "log_every": int, "save_every": int,
     "folder": str, "resume": bool,
 }  # fmt: skip
-SETTINGS = WHERE_FROM | LAYERS | {"data": (str, dict), "stages": list} | TRAINING
+SETTINGS = WHERE_FROM | LAYERS | {"data": (str, dict), "stages": list, "track": str} | TRAINING
 MODEL = "model"  # where in the run's folder the finished hybrid goes
 
 
@@ -65,7 +66,7 @@ def distill_from(
     Args:
         settings: from `read_settings`. `teacher`, `data` and `folder` must be there. Which layers
             change is said by `layers`, or by `ratio` and `method`; `student` takes a hybrid that is
-            there already. `stages` stands for `recipe`.
+            there already. `stages` stands for `recipe`. `track` is "tensorboard" or "trackio".
         on_step: as in `distill`.
         stop: as in `distill`.
         progress: as in `distill`.
@@ -88,9 +89,13 @@ def distill_from(
     if isinstance(data, str):
         data = {"name": data}
     samples = load_data(**{"split": "train"} | data)
+    watchers = [on_step] if on_step else []
+    if "track" in settings and Processes().rank == 0:
+        watchers.append(track(settings["track"], Path(settings["folder"]).expanduser()))
     run = distill(
-        student, teacher, samples, on_step=on_step, stop=stop, progress=progress, **given
-    )
+        student, teacher, samples, stop=stop, progress=progress, **given,
+        on_step=(lambda row: [watch(row) for watch in watchers]) if watchers else None,
+    )  # fmt: skip
     if not run.stopped and Processes().rank == 0:
         save(student, Path(settings["folder"]).expanduser() / MODEL)
     return run
