@@ -376,8 +376,20 @@ def test_a_broken_picture_is_told(tmp_path, name):
 def test_text_of_a_model_is_never_markup():
     answer = replace(answers_of(MODELS["pocket"])[0], text="<script>alert(1)</script> & more")
     assert "<script>" not in cards.card("Teacher", MODELS["pocket"], answer, "done")
-    assert "<script>" not in cards.verdict(answer, replace(answer, text="<b>"))
+    assert "<script>" not in cards.verdict([answer], [replace(answer, text="<b>")])
     assert "<b>" not in cards.alert(["<b>"])
+
+
+def test_caches_are_compared_after_the_same_number_of_tokens():
+    def after(n_tokens, kv, ssm):
+        return Answer("a", 10, n_tokens, 1.0, 1.0, kv * 1024, ssm * 1024, 0)
+
+    teacher = [after(n, 10 * n, 0) for n in (1, 2, 3)]
+    hybrid = [after(n, 5 * n, 3) for n in (1, 2, 3, 4, 5, 6)]
+    said = cards.verdict(teacher, hybrid)
+    assert "same 13 tokens" in said
+    assert "holds 18&nbsp;KiB, the teacher's 30&nbsp;KiB: 40% smaller" in said
+    assert "20% larger" not in said
 
 
 @pytest.mark.parametrize(

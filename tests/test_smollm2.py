@@ -11,13 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import workbench as wb
+from benchmarks import timing
 from benchmarks.smollm2 import corpus, evaluate, prompts, readers, sources, train_hybrids
-from workbench.data.text import TokenIds
+from workbench.data.text import Document, Texts, TokenIds, load_texts
 from workbench.models.delta import load_delta, save_delta
-from workbench.models.hybrid import build_hybrid, mixers
+from workbench.models.hybrid import build_hybrid, hybrid_class, mixers
 from workbench.models.plan import Plan
 from workbench.models.sources import smollm2
 from workbench.models.teacher import VLM
+from workbench.steps.training.stages import RECIPES
 
 gguf = pytest.importorskip("gguf")
 CHAT = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
@@ -210,11 +212,70 @@ def test_other_bits_and_a_lost_scale_are_refused(tmp_path, changed):
         load_delta(teacher, tmp_path)
 
 
-# The real one
+# The real ones
+
+installed = pytest.mark.skipif(smollm2.find_gguf() is None, reason="make smollm2 installs it")
+MAMBA_LAYERS = {"smollm2-135m-12.5": 4, "smollm2-135m-25": 8, "smollm2-135m-50": 15}  # of 30
+SIZES = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", smollm2.HYBRIDS)
+def test_a_shipped_delta_has_what_its_plan_asks_for(name):
+    folder = smollm2.FOLDER / smollm2.HYBRIDS[name]
+    described = json.loads((folder / "plan.json").read_text())
+    plan = Plan.from_dict(described["plan"])
+    assert len(plan.mamba_layers) == MAMBA_LAYERS[name]
+    with torch.device("meta"):
+        student = hybrid_class(LlamaForCausalLM)(LlamaConfig(**SIZES, ssm_hybrid=described))
+    expected = {
+        f"model.layers.{i}.self_attn.{inner}": tuple(tensor.shape)
+        for i, mixer in mixers(student).items()
+        for inner, tensor in mixer.state_dict().items()
+    }
+    stored = load_file(folder / "delta.safetensors")
+    scales = {key: tensor for key, tensor in stored.items() if key.endswith(".row_scale")}
+    assert {k: tuple(t.shape) for k, t in stored.items() if k not in scales} == expected
+    eight = {key for key, tensor in stored.items() if tensor.dtype == torch.int8}
+    assert eight == {key.removesuffix(".row_scale") for key in scales}
+    assert all(stored[key].shape[:1] == scales[f"{key}.row_scale"].shape for key in eight)
+    assert all(tensor.isfinite().all() for tensor in stored.values())
+
+
+def test_the_shipped_deltas_are_small():
+    files = list(smollm2.FOLDER.glob("*/*"))
+    assert len(files) == 2 * len(smollm2.HYBRIDS)
+    assert sum(file.stat().st_size for file in files) <= 40e6
+
+
+def test_the_kept_perplexities_are_of_one_text_and_in_order():
+    report = json.loads((tiny.HOUSE / "benchmarks/results/smollm2_perplexity.json").read_text())
+    rows = report["perplexity"]
+    assert [row["model"] for row in rows] == [smollm2.TEACHER, *smollm2.HYBRIDS]
+    assert {row["n_tokens"] for row in rows} == {167_007}
+    assert sorted(row["perplexity"] for row in rows) == [row["perplexity"] for row in rows]
+    readme = (tiny.HOUSE / "README.md").read_text()
+    for cells in zip(*([kind["perplexity"] for kind in row["rows"]] for row in rows), strict=True):
+        assert " | ".join(f"{value:.2f}" for value in cells) in readme
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(smollm2.find_gguf() is None, reason="make smollm2 installs it")
+@installed
+@pytest.mark.parametrize("name", smollm2.HYBRIDS)
+def test_a_shipped_hybrid_reads_almost_like_its_teacher(name):
+    teacher, hybrid = wb.load_teacher(smollm2.TEACHER), wb.load(name)
+    assert len(hybrid.plan.mamba_layers) == MAMBA_LAYERS[name]
+    assert "Paris" in wb.answer(hybrid, [], "What is the capital of France?").text
+    texts = load_texts(corpus.HELDOUT)
+    some = Texts("some", [Document(document.text[:1500]) for document in list(texts)[::8]])
+    before, after = (wb.perplexity(vlm, some, batch_size=1).perplexity for vlm in (teacher, hybrid))
+    assert before < after < 1.4 * before
+
+
+@pytest.mark.slow
+@installed
 def test_the_real_model_knows_a_capital():
     teacher = wb.load_teacher("smollm2-135m")
     assert sum(p.numel() for p in teacher.model.parameters()) == 134_515_008
@@ -225,6 +286,43 @@ def test_the_real_model_knows_a_capital():
 
 
 # The benchmarks
+
+
+class Slow:
+    """A clock, and training whose every step takes a second, the first of a run ten more."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def train(self, student, *, recipe, steps, log_every):
+        began = self.now
+        self.now += 10 + steps
+        seconds = [10 + n for n in range(log_every, steps + 1, log_every)]
+        if steps % log_every:
+            seconds.append(self.now - began)
+        return argparse.Namespace(rows=[argparse.Namespace(seconds=s) for s in seconds])
+
+
+def test_seconds_that_compiling_uses_up_are_refused(monkeypatch):
+    clock, stages = Slow(monkeypatch), RECIPES["workbench"]
+    student = argparse.Namespace(name="tiny-50")
+    spent = len(stages) * (10 + timing.WARM_UP + timing.TIMED)
+    assert timing.steps_in(spent + 100, stages, lambda: student, clock.train) == 100
+    with pytest.raises(wb.WorkbenchError, match=f"took {spent}.* 5 steps would be left") as told:
+        timing.steps_in(spent + 5, stages, lambda: student, clock.train)
+    assert "Give 143 seconds for 67 steps" in str(told.value)  # 30 % of 67 are 20
+    assert timing.steps_in(143, stages, lambda: student, clock.train) == 67
+
+
+def test_a_refused_hybrid_does_not_keep_the_next_from_its_turn():
+    def train(percent, seconds):
+        if seconds < 10:
+            raise wb.WorkbenchError(f"{percent:g} is refused")
+        return percent
+
+    made, refused = timing.train_each(["12.5:5", "25:50"], train)
+    assert (made, refused) == ([25.0], ["12.5 is refused"])
 
 
 def test_the_training_script_makes_a_hybrid_and_scores_it(tmp_path, monkeypatch, capsys):

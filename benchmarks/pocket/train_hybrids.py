@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import workbench as wb
-from benchmarks.timing import steps_in
+from benchmarks.timing import steps_in, train_each
 from workbench.data.conversations import MIXTURE, Encoder, TrainingBatches
 from workbench.models.delta import load_delta, save_delta
 from workbench.steps.training.stages import RECIPES, Stage
@@ -101,9 +101,11 @@ def main() -> None:
     # Every layer compiles on its own: two shapes, with and without gradients, Mamba-2 or not.
     torch._dynamo.config.recompile_limit = 64
     teacher = wb.load_teacher(args.teacher, device="cuda" if on_gpu() else "cpu")
-    for entry in args.hybrids:
-        percent, seconds = map(float, entry.split(":"))
-        train_hybrid(teacher, percent, seconds, args)
+    _, refused = train_each(
+        args.hybrids, lambda percent, seconds: train_hybrid(teacher, percent, seconds, args)
+    )
+    if refused:
+        raise SystemExit("\n".join(refused))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 import workbench as wb
 from benchmarks.smollm2.chats import write_chats
 from benchmarks.smollm2.corpus import HELDOUT
-from benchmarks.timing import steps_in
+from benchmarks.timing import steps_in, train_each
 from workbench.data.text import TextBatches, TokenIds, encode_chats, load_texts, read_ids
 from workbench.models.delta import load_delta, save_delta
 from workbench.models.hybrid import plan_of
@@ -84,23 +84,24 @@ def distilled(
     )  # fmt: skip
 
 
-def started(teacher: wb.VLM, plan: wb.Plan, data: Mixture, args: argparse.Namespace) -> wb.VLM:
+def started(teacher: wb.VLM, percent: float, data: Mixture, args: argparse.Namespace) -> wb.VLM:
     """The student before training, calibrated on a few sequences of its training data."""
+    plan = wb.choose_layers(teacher, ratio=percent / 100)
     some = ({name: t[:12] for name, t in batch.items()} for batch in data)
-    return wb.convert(teacher, plan, init=args.init, calibration=some, seed=args.seed)
+    name = f"{teacher.name}-{percent:g}"  # as it is asked for: 12.5 % of 30 layers are 4, 13.3 %
+    return wb.convert(teacher, plan, init=args.init, calibration=some, seed=args.seed, name=name)
 
 
 def train_hybrid(
     teacher: wb.VLM, percent: float, seconds: float, data: Mixture, args: argparse.Namespace
 ) -> Path:
     """Convert, distil, save."""
-    plan = wb.choose_layers(teacher, ratio=percent / 100)
     stages = RECIPES[args.recipe]
     steps = args.steps or steps_in(
-        seconds, stages, lambda: started(teacher, plan, data, args),
+        seconds, stages, lambda: started(teacher, percent, data, args),
         lambda student, **how: distilled(student, teacher, data, args, **how),
     )  # fmt: skip
-    student = started(teacher, plan, data, args)
+    student = started(teacher, percent, data, args)
     run = distilled(
         student, teacher, data, args, recipe=stages, steps=steps, log_every=args.log_every,
         on_step=lambda row: print(f"{percent} {row}", flush=True),
@@ -173,11 +174,12 @@ def main() -> None:
     chats = chats_of(teacher, args) if args.prompts and args.chat_share else None
     data = Mixture(text, chats, args)
     print(f"{len(text.ids):,} tokens of text in {len(text.starts):,} documents", flush=True)
-    folders = []
-    for entry in args.hybrids:
-        percent, seconds = map(float, entry.split(":"))
-        folders.append(train_hybrid(teacher, percent, seconds, data, args))
+    folders, refused = train_each(
+        args.hybrids, lambda percent, seconds: train_hybrid(teacher, percent, seconds, data, args)
+    )
     score(teacher, folders, args)
+    if refused:
+        raise SystemExit("\n".join(refused))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """From questions with their pictures to what a model reads: one left-padded batch."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 from torch import Tensor
@@ -63,7 +64,8 @@ def prepare_inputs(
         max_new_tokens: checked only.
 
     Returns:
-        What the model's forward takes: input_ids, attention_mask, and pixel_values of the pictures.
+        What the model's forward takes: input_ids, attention_mask, pixel_values of the pictures,
+        and the processor's token_type_ids, by which some let a picture's tokens see each other.
 
     Raises:
         WorkbenchError: as `stream_answer`.
@@ -83,8 +85,7 @@ def prepare_inputs(
     bos = vlm.tokenizer.bos_token
     if bos and prompts[0].startswith(bos):  # the template wrote it: the tokenizer must not again
         options["add_special_tokens"] = False
-    inputs = vlm.processor(text=prompts, **options)
-    inputs.pop("token_type_ids", None)
+    inputs = what_it_reads(vlm, vlm.processor(text=prompts, **options))
     limit, length = position_limit(vlm), inputs["input_ids"].shape[1]
     if length >= limit:
         raise WorkbenchError(
@@ -95,6 +96,18 @@ def prepare_inputs(
         name: t.to(vlm.model.device, vlm.model.dtype if t.is_floating_point() else None)
         for name, t in inputs.items()
     }
+
+
+def what_it_reads(vlm: VLM, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of what a processor made, the model's inputs.
+
+    Tokenizers give token_type_ids to models, too, that have no use for them; Gemma 3 and PaliGemma
+    read from them which tokens see what follows. Labels are what a processor takes for answers.
+    """
+    left_out = {"labels"}
+    if "token_type_ids" not in inspect.signature(vlm.model.forward).parameters:
+        left_out.add("token_type_ids")
+    return {name: t for name, t in made.items() if isinstance(t, Tensor) and name not in left_out}
 
 
 def position_limit(vlm: VLM) -> int:

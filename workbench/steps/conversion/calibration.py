@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from workbench.models.families import decoder_layers
 from workbench.models.hybrid import SSMAttention, mixers
 from workbench.models.teacher import VLM
+from workbench.steps.quality.fidelity import model_inputs
 from workbench.steps.training.batches import Batch
 
 # Forgetting per token, exp(-rate): memories of 300 tokens down to one.
@@ -46,8 +47,7 @@ def calibrate(student: VLM, teacher: VLM, batch: Batch) -> None:
         batch: model inputs, with `real` or `attention_mask` where there is padding.
     """
     device, fitted = teacher.model.device, _fitted_tokens(teacher, batch)
-    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
-    inputs = {name: batch[name].to(device) for name in names if name in batch}
+    inputs = model_inputs(teacher, batch)
     with ExitStack() as undo, torch.no_grad():
         _side_by_side(student, teacher, undo)
         for index, mixer in mixers(student.model).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from random import Random
@@ -13,7 +14,7 @@ from torch import Tensor
 from workbench.data import Sample, Texts
 from workbench.data.conversations import IGNORE
 from workbench.errors import WorkbenchError
-from workbench.models.prompts import position_limit
+from workbench.models.prompts import position_limit, what_it_reads
 from workbench.models.teacher import VLM
 from workbench.steps.training.writing import write_conversation
 
@@ -86,8 +87,9 @@ def collate(
         max_length: tokens after which a sample is cut; None is the model's own limit.
 
     Returns:
-        `input_ids`, `attention_mask`, `labels` (batch, seqlen), right-padded; what the processor
-        makes of the pictures; and `n_cut`, where samples were cut.
+        `input_ids`, `attention_mask`, `labels` (batch, seqlen), right-padded; `token_type_ids`,
+        where the model reads them; what the processor makes of the pictures; and `n_cut`, where
+        samples were cut.
 
     Raises:
         WorkbenchError: pictures that alone are too long.
@@ -101,7 +103,12 @@ def collate(
     plain = {"add_special_tokens": not (bos and texts[0].startswith(bos))}
     images = [list(s.images) for s in samples]
     padded = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
-    batch = vlm.processor(text=list(texts), **_pictures(images), **padded, **plain)
+    given = {"text": list(texts)}
+    if _reads_a_suffix(vlm):
+        given, texts, answers = _with_suffix(texts, answers, tokenizer.eos_token)
+    batch = vlm.processor(**given, **_pictures(images), **padded, **plain)
+    if "suffix" in given:
+        plain = {"add_special_tokens": False}
     labels = torch.full_like(batch["input_ids"], IGNORE)
     for row, (text, spans) in enumerate(zip(texts, answers, strict=True)):
 
@@ -114,9 +121,39 @@ def collate(
             place = slice(n_tokens(start) + extra, n_tokens(end) + extra)
             labels[row, place] = batch["input_ids"][row, place]
     labels[batch["attention_mask"] == 0] = IGNORE
-    made = {k: v for k, v in batch.items() if isinstance(v, Tensor)} | {"labels": labels}
-    made.pop("token_type_ids", None)
+    made = what_it_reads(vlm, batch) | {"labels": labels}
     return _cut(vlm, made, min(max_length or position_limit(vlm), position_limit(vlm)))
+
+
+def _reads_a_suffix(vlm: VLM) -> bool:
+    """Whether the processor wants what follows the question apart, as PaliGemma's does.
+
+    All of its question sees itself: an answer that stood in the text would be seen beforehand.
+    """
+    return "suffix" in inspect.signature(type(vlm.processor).__call__).parameters
+
+
+def _with_suffix(
+    texts: Sequence[str], answers: Sequence[list[tuple[int, int]]], eos: str
+) -> tuple[dict[str, list[str]], list[str], list[list[tuple[int, int]]]]:
+    """Part each text before its first answer.
+
+    Returns:
+        What the processor takes, which adds the last `eos` itself; the suffixes with it; and where
+        in them the answers stand.
+    """
+    firsts = [spans[0][0] for spans in answers]
+    begins = [at + (text[at] == " ") for text, at in zip(texts, firsts, strict=True)]
+    suffixes = [text[at:] for text, at in zip(texts, begins, strict=True)]
+    spans = [
+        [(max(0, start - at), end - at) for start, end in some]
+        for some, at in zip(answers, begins, strict=True)
+    ]
+    given = {
+        "text": [text[:at] for text, at in zip(texts, firsts, strict=True)],
+        "suffix": [text.removesuffix(eos) for text in suffixes],
+    }
+    return given, suffixes, spans
 
 
 def _cut(vlm: VLM, batch: dict[str, Tensor], limit: int) -> dict[str, Tensor | int]:

@@ -1,6 +1,7 @@
 """The pieces of the page as HTML: an answer card, the verdict under two of them, an alert."""
 
 import re
+from collections.abc import Sequence
 from html import escape
 from itertools import zip_longest
 
@@ -72,19 +73,22 @@ def stack(vlm: VLM) -> str:
     )
 
 
-def verdict(teacher: Answer, hybrid: Answer) -> str:
-    """Say whether the answers agree, where they part, and how large both caches became."""
+def verdict(teachers: Sequence[Answer], hybrids: Sequence[Answer]) -> str:
+    """Say whether the answers agree, where they part, and how large both caches became.
+
+    Args:
+        teachers: The answer after each of its tokens.
+        hybrids: Likewise. Caches are compared where the shorter answer ends, since a longer one
+            fills more of any cache.
+    """
+    teacher, hybrid = teachers[-1], hybrids[-1]
     at = parting_word(teacher.text, hybrid.text)
     if at is None:
         agreement = "<strong>Both give the same answer</strong>, word for word."
     else:
         agreement = _parting(teacher.text.split(), hybrid.text.split(), at)
-    saved = 1 - hybrid.cache_bytes / teacher.cache_bytes if teacher.cache_bytes else 0.0
-    size = "smaller" if saved >= 0 else "larger"
-    cache = (
-        f"The hybrid's cache ends at {hybrid.cache_bytes / KIB:,.0f}&nbsp;KiB, the teacher's at "
-        f"{teacher.cache_bytes / KIB:,.0f}&nbsp;KiB: {abs(saved):.0%} {size}."
-    )
+    shared = min(len(teachers), len(hybrids))
+    cache = _caches(teachers[shared - 1], hybrids[shared - 1])
     return f'<p class="verdict" role="status">{agreement} {cache}</p>'
 
 
@@ -136,6 +140,17 @@ def _memory(answer: Answer | None) -> tuple[str, str | None, str]:
         return "Peak", f"{answer.peak_bytes / MIB:,.1f}", "MiB"
     held = answer and answer.weight_bytes + answer.cache_bytes
     return "Weights and cache", held and f"{held / MIB:,.1f}", "MiB"
+
+
+def _caches(teacher: Answer, hybrid: Answer) -> str:
+    saved = 1 - hybrid.cache_bytes / teacher.cache_bytes if teacher.cache_bytes else 0.0
+    size = "smaller" if saved >= 0 else "larger"
+    n_tokens = teacher.n_prompt_tokens + teacher.n_new_tokens
+    return (
+        f"After the same {n_tokens:,} tokens the hybrid's cache holds "
+        f"{hybrid.cache_bytes / KIB:,.0f}&nbsp;KiB, the teacher's "
+        f"{teacher.cache_bytes / KIB:,.0f}&nbsp;KiB: {abs(saved):.0%} {size}."
+    )
 
 
 def _figures(answer: Answer | None) -> str:

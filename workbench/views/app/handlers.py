@@ -100,7 +100,7 @@ def _both_answers(
         alert,
         cards.card("Teacher", teacher, last[0], "done", at),
         cards.card("Hybrid", hybrid, last[1], "done", at),
-        cards.verdict(*last),
+        cards.verdict(of_teacher, of_hybrid),
         gr.Plot(
             value=cache_figure({teacher.name: of_teacher, hybrid.name: of_hybrid}), visible=True
         ),
