@@ -33,8 +33,9 @@ def matrices_figure(matrices: Mapping[str, Tensor], *, height: int = 300) -> go.
     figure.update_layout(**{**_layout(height=height), "margin": dict(l=8, r=8, t=40, b=8)})
     figure.update_xaxes(showgrid=False, zeroline=False, dtick=4, constrain="domain")
     figure.update_yaxes(
-        autorange="reversed", showgrid=False, zeroline=False, dtick=4, constrain="domain"
-    )
+        autorange="reversed", showgrid=False, zeroline=False, dtick=4, constrain="domain",
+        constraintoward="top",
+    )  # fmt: skip
     for column in range(1, len(matrices) + 1):
         figure.update_yaxes(scaleanchor=f"x{column if column > 1 else ''}", row=1, col=column)
     figure.update_annotations(font=dict(size=12, color=TEXT))
@@ -91,10 +92,16 @@ def bars_figure(
     figure.add_bar(
         x=[values[name] for name in names], y=names, orientation="h",
         marker_color=[HYBRID if name in chosen else TEACHER for name in names],
-        text=[f"{values[name]:.3g}" for name in names], textposition="outside", cliponaxis=False,
+        text=[_said(values[name]) for name in names], textposition="outside", cliponaxis=False,
         hovertemplate="%{y}: %{x:.4g}<extra></extra>",
     )  # fmt: skip
     figure.update_layout(**_layout(height=height), showlegend=False)
-    figure.update_xaxes(title=x, gridcolor=GRID, rangemode="tozero")
-    figure.update_yaxes(autorange="reversed", showgrid=False, type="category")
+    room = 1.12 * max(values.values(), default=0)  # for what stands beside the longest bar
+    figure.update_xaxes(title=x, gridcolor=GRID, range=[0, room or 1])
+    figure.update_yaxes(autorange="reversed", showgrid=False, type="category", ticksuffix=" ")
     return figure
+
+
+def _said(value: float) -> str:
+    """Three digits, and no powers of ten for what is next to nothing beside the other bars."""
+    return "< 0.001" if 0 < value < 0.001 else f"{value:.3g}"
