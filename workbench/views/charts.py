@@ -88,20 +88,21 @@ def bars_figure(
         height: in pixels.
     """
     names = list(values)
+    most = max(values.values(), default=0)
     figure = go.Figure()
     figure.add_bar(
         x=[values[name] for name in names], y=names, orientation="h",
         marker_color=[HYBRID if name in chosen else TEACHER for name in names],
-        text=[_said(values[name]) for name in names], textposition="outside", cliponaxis=False,
+        text=[_said(values[name], most) for name in names],
+        textposition="outside", cliponaxis=False,
         hovertemplate="%{y}: %{x:.4g}<extra></extra>",
     )  # fmt: skip
     figure.update_layout(**_layout(height=height), showlegend=False)
-    room = 1.12 * max(values.values(), default=0)  # for what stands beside the longest bar
-    figure.update_xaxes(title=x, gridcolor=GRID, range=[0, room or 1])
+    figure.update_xaxes(title=x, gridcolor=GRID, range=[0, 1.12 * most or 1])  # room for its text
     figure.update_yaxes(autorange="reversed", showgrid=False, type="category", ticksuffix=" ")
     return figure
 
 
-def _said(value: float) -> str:
-    """Three digits, and no powers of ten for what is next to nothing beside the other bars."""
-    return "< 0.001" if 0 < value < 0.001 else f"{value:.3g}"
+def _said(value: float, most: float) -> str:
+    """Three digits, and no powers of ten for what is next to nothing beside the longest bar."""
+    return "< 0.001" if 0 < value < min(0.001, most / 100) else f"{value:.3g}"
