@@ -220,7 +220,7 @@ bars_figure(shown, x="KL before training, nats a token", chosen=["calibrated"], 
 # far away as the paper's start, and no wonder: a random mixer says something small, and the
 # layer's feed-forward part and all other layers go on as before. So the zero-shot KL of the
 # paper's start measures mostly what its random parts spoil. That the taken-over matrices help,
-# the paper claims of the **training** that follows; lesson 4 is where to test it.
+# the paper claims of the **training** that follows; lesson 4 tests it, in its last exercise.
 #
 # ## What this lesson claimed
 
@@ -234,9 +234,9 @@ print("Attention without softmax, exactly, is far from attention with it.")
 assert kl["matvlm, norm=False"] < kl["matvlm"]
 print("Parts of the paper's start that are new at random stand in its way.")
 
-assert kl["calibrated"] < kl["matvlm"] / 2
+assert kl["calibrated"] < kl["matvlm"] / 10
 assert max(errors.values()) < 1
-print("A fit without a gradient halves the distance, and every layer beats saying nothing.")
+print("A fit without a gradient leaves less than a tenth, and every layer beats saying nothing.")
 
 # %% [markdown]
 # **Go on**: `plan = wb.choose_layers(teacher, ratio=1)`. Does the order of the starts stay? Next:

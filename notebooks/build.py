@@ -28,6 +28,7 @@ HOUSE = HERE.parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 LOOK = "color:#7d828b;font:13px system-ui,sans-serif;padding:4px"
+CLEAR = "<style>text {fill-opacity: 1}</style>"  # that grey is faint enough on any page
 EXERCISE, SOLUTION = "exercise", "solution"
 CELL_LIMIT_S = 600  # a lesson's cell should take less than 60 s, but not every machine is idle
 
@@ -68,6 +69,8 @@ def client(notebook: NotebookNode, **options: object) -> NotebookClient:
     """What runs a notebook in the folder of the lessons, with this checkout's workbench."""
     paths = [str(HOUSE), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    # Threads that wait in a loop, as is their custom, make a busy machine ten times as slow.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     fixed = {"timeout": CELL_LIMIT_S, "kernel_name": "python3", "store_widget_state": False}
     return NotebookClient(notebook, resources={"metadata": {"path": str(HERE)}}, **fixed | options)
 
@@ -100,7 +103,7 @@ def photographer() -> Iterator[Callable[[str], str]]:
         page = browser.new_page(viewport={"width": 940, "height": 600})
 
         def picture_of(html: str) -> str:
-            page.set_content(f'<!DOCTYPE html><div id="all" style="{LOOK}">{html}</div>')
+            page.set_content(f'<!DOCTYPE html>{CLEAR}<div id="all" style="{LOOK}">{html}</div>')
             taken = page.locator("#all").screenshot(omit_background=True)
             return base64.b64encode(taken).decode()
 
@@ -108,14 +111,37 @@ def photographer() -> Iterator[Callable[[str], str]]:
         browser.close()
 
 
-def build(source: Path, version: str) -> Path:
-    """Make one notebook and run it."""
-    notebook, path = write(source, version), place(source, version)
-    client(notebook).execute()
+class Watch:
+    """How long each cell of a notebook took, read as the client's two hooks tell it."""
+
+    def __init__(self) -> None:
+        self.started: dict[int, float] = {}
+        self.seconds: dict[int, float] = {}
+        self.hooks = {"on_cell_execute": self.start, "on_cell_executed": self.end}
+
+    def start(self, cell: NotebookNode, cell_index: int) -> None:
+        """A cell begins."""
+        self.started[cell_index] = time.perf_counter()
+
+    def end(self, cell: NotebookNode, cell_index: int, execute_reply: object) -> None:
+        """A cell has ended."""
+        self.seconds[cell_index] = time.perf_counter() - self.started[cell_index]
+
+    def slowest(self, notebook: NotebookNode) -> str:
+        """The slowest cell, by its seconds and its first line."""
+        index = max(self.seconds, key=self.seconds.__getitem__)
+        line = notebook.cells[index].source.splitlines()[0]
+        return f"slowest cell {self.seconds[index]:.1f} s, {line!r}"
+
+
+def build(source: Path, version: str) -> tuple[Path, str]:
+    """Make one notebook and run it; where it stands, and its slowest cell."""
+    notebook, path, watch = write(source, version), place(source, version), Watch()
+    client(notebook, **watch.hooks).execute()
     still(notebook)
     path.parent.mkdir(exist_ok=True)
     nbformat.write(notebook, path)
-    return path
+    return path, watch.slowest(notebook)
 
 
 def main(beginnings: list[str]) -> None:
@@ -127,9 +153,9 @@ def main(beginnings: list[str]) -> None:
             continue
         for version in (EXERCISE, SOLUTION) if has_exercises(source) else (EXERCISE,):
             start = time.perf_counter()
-            path = build(source, version)
+            path, slowest = build(source, version)
             took, size = time.perf_counter() - start, path.stat().st_size / 1024
-            print(f"{path.relative_to(HERE)}: {took:.0f} s, {size:.0f} KB", flush=True)
+            print(f"{path.relative_to(HERE)}: {took:.0f} s, {size:.0f} KB, {slowest}", flush=True)
 
 
 if __name__ == "__main__":

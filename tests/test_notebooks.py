@@ -151,7 +151,8 @@ def solved(lesson: Path) -> list[nbformat.NotebookNode]:
 def test_lesson_runs_offline_first_open_then_solved(lesson, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("PLOTLY_RENDERER", raising=False)  # as in a reader's JupyterLab
-    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # the client adds to it
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # the client sets both
+    monkeypatch.setenv("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "PASSIVE"))
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     notebook = build.write(lesson)

@@ -33,8 +33,9 @@ def matrices_figure(matrices: Mapping[str, Tensor], *, height: int = 300) -> go.
     figure.update_layout(**{**_layout(height=height), "margin": dict(l=8, r=8, t=40, b=8)})
     figure.update_xaxes(showgrid=False, zeroline=False, dtick=4, constrain="domain")
     figure.update_yaxes(
-        autorange="reversed", showgrid=False, zeroline=False, dtick=4, constrain="domain"
-    )
+        autorange="reversed", showgrid=False, zeroline=False, dtick=4, constrain="domain",
+        constraintoward="top",
+    )  # fmt: skip
     for column in range(1, len(matrices) + 1):
         figure.update_yaxes(scaleanchor=f"x{column if column > 1 else ''}", row=1, col=column)
     figure.update_annotations(font=dict(size=12, color=TEXT))
@@ -87,14 +88,21 @@ def bars_figure(
         height: in pixels.
     """
     names = list(values)
+    most = max(values.values(), default=0)
     figure = go.Figure()
     figure.add_bar(
         x=[values[name] for name in names], y=names, orientation="h",
         marker_color=[HYBRID if name in chosen else TEACHER for name in names],
-        text=[f"{values[name]:.3g}" for name in names], textposition="outside", cliponaxis=False,
+        text=[_said(values[name], most) for name in names],
+        textposition="outside", cliponaxis=False,
         hovertemplate="%{y}: %{x:.4g}<extra></extra>",
     )  # fmt: skip
     figure.update_layout(**_layout(height=height), showlegend=False)
-    figure.update_xaxes(title=x, gridcolor=GRID, rangemode="tozero")
-    figure.update_yaxes(autorange="reversed", showgrid=False, type="category")
+    figure.update_xaxes(title=x, gridcolor=GRID, range=[0, 1.12 * most or 1])  # room for its text
+    figure.update_yaxes(autorange="reversed", showgrid=False, type="category", ticksuffix=" ")
     return figure
+
+
+def _said(value: float, most: float) -> str:
+    """Three digits, and no powers of ten for what is next to nothing beside the longest bar."""
+    return "< 0.001" if 0 < value < min(0.001, most / 100) else f"{value:.3g}"

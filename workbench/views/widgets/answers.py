@@ -15,6 +15,7 @@ from workbench.views.widgets.drawing import side_by_side, table
 from workbench.views.widgets.panel import Panel, button, row
 
 FULL_NATS = 2.0  # where the colour is deepest
+DEEP = 0.8  # from this part of it on, black letters are clearer than a dark page's white ones
 
 
 def answer_viewer(
@@ -133,11 +134,13 @@ class AnswerViewer(Panel):
 
 
 def _coloured(tokens: Sequence[Token]) -> str:
+    depths = [min(1, t.kl_nats / FULL_NATS) for t in tokens]
     return "".join(
-        f'<span style="background:rgba(214,110,20,{0.85 * min(1, t.kl_nats / FULL_NATS):.2f});'
+        f'<span style="background:rgba(214,110,20,{0.85 * depth:.2f});'
+        f'{"color:#111;" if depth > DEEP else ""}'
         f'border-radius:3px" title="{t.kl_nats:.3f} nats; teacher {escape(repr(t.teacher))}, '
         f'student {escape(repr(t.student))}">{escape(t.text)}</span>'
-        for t in tokens
+        for t, depth in zip(tokens, depths, strict=True)
     )
 
 

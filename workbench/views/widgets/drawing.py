@@ -142,15 +142,18 @@ def cells(chosen: Sequence[int], n: int, heights: Sequence[float] | None = None)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a table; numbers to the right, the first column and prose to the left."""
+    """Write a table; numbers to the right, the first column and columns of prose to the left."""
+    columns = zip(head, *rows, strict=True)
+    sides = [
+        "right" if i and max(len(str(cell)) for cell in column) < 24 else "left"
+        for i, column in enumerate(columns)
+    ]
     where = 'style="text-align:{};vertical-align:top;padding:2px 14px 2px 0;line-height:1.4"'
 
     def line(cells: Sequence[str], tag: str) -> str:
-        shown = [str(cell) for cell in cells]
-        sides = ["right" if i and len(cell) < 24 else "left" for i, cell in enumerate(shown)]
         return "".join(
-            f"<{tag} {where.format(side)}>{escape(cell)}</{tag}>"
-            for side, cell in zip(sides, shown, strict=True)
+            f"<{tag} {where.format(side)}>{escape(str(cell))}</{tag}>"
+            for side, cell in zip(sides, cells, strict=True)
         )
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
