@@ -1,6 +1,7 @@
 """SmolLM2 as a teacher, by a miniature GGUF file; with the package, by the real one."""
 
 import argparse
+import copy
 import json
 
 import numpy as np
@@ -15,7 +16,7 @@ from benchmarks import timing
 from benchmarks.smollm2 import corpus, evaluate, prompts, readers, sources, train_hybrids
 from workbench.data.text import Document, Texts, TokenIds, load_texts
 from workbench.models.delta import load_delta, save_delta
-from workbench.models.hybrid import build_hybrid, hybrid_class, mixers
+from workbench.models.hybrid import build_hybrid, hybrid_class, mixers, plan_of
 from workbench.models.plan import Plan
 from workbench.models.sources import smollm2
 from workbench.models.teacher import VLM
@@ -196,6 +197,22 @@ def test_an_unchanged_row_and_a_teacher_of_another_dtype_do_no_harm(tmp_path, ch
     assert mixers(low)[0].A_log.dtype == torch.float32
     gap = mixers(low)[0].q_proj.weight.float() - mixers(again)[0].q_proj.weight
     assert gap.abs().max() < 5e-3
+
+
+def test_a_teacher_can_become_the_hybrid_itself(tmp_path, changed):
+    teacher, student = changed
+    save_delta(student, teacher, tmp_path, bits=8)
+    beside = load_delta(teacher, tmp_path)
+    before = copy.deepcopy(teacher)
+    itself = load_delta(before, tmp_path, in_place=True)
+    assert itself is before
+    assert type(itself) is type(beside)
+    assert plan_of(itself) == plan_of(beside)
+    for name, tensor in beside.state_dict().items():
+        assert torch.equal(itself.state_dict()[name], tensor), name
+    ids = tiny.token_ids()
+    with torch.no_grad():
+        assert torch.equal(itself(input_ids=ids).logits, beside(input_ids=ids).logits)
 
 
 def test_other_bits_and_a_lost_scale_are_refused(tmp_path, changed):

@@ -66,12 +66,15 @@ def save_delta(
     return folder
 
 
-def load_delta(teacher: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+def load_delta(
+    teacher: PreTrainedModel, folder: str | Path, *, in_place: bool = False
+) -> PreTrainedModel:
     """Build the hybrid that `save_delta` wrote, beside its teacher, which is not touched.
 
     Args:
         teacher: the model that the hybrid was built from.
         folder: holds delta.safetensors and plan.json.
+        in_place: turn the teacher itself into the hybrid, which saves the memory of a copy.
 
     Returns:
         The hybrid, on the device and in the dtype of the teacher.
@@ -89,12 +92,11 @@ def load_delta(teacher: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         changed = load_file(folder / WEIGHTS)
     except (json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
         raise WorkbenchError(f"The hybrid in {folder} cannot be read: {error}.") from error
-    student = build_hybrid(teacher, plan, options)
-    changed = _in_floats(folder, changed, teacher.state_dict())
+    before = teacher.state_dict()
+    student = build_hybrid(teacher, plan, options, in_place=in_place)
+    changed = _in_floats(folder, changed, before)
     student_tensors = student.state_dict()
-    _check_fit(
-        folder, changed, student_tensors, student_tensors.keys() - teacher.state_dict().keys()
-    )
+    _check_fit(folder, changed, student_tensors, student_tensors.keys() - before.keys())
     with torch.no_grad():
         for name, tensor in changed.items():
             student_tensors[name].copy_(tensor)

@@ -139,7 +139,11 @@ class HybridMixin:
 
 
 def build_hybrid(
-    model: PreTrainedModel, plan: Plan, mixer_options: Mapping[str, Any] | None = None
+    model: PreTrainedModel,
+    plan: Plan,
+    mixer_options: Mapping[str, Any] | None = None,
+    *,
+    in_place: bool = False,
 ) -> PreTrainedModel:
     """Build a new model in which the planned layers mix with Mamba-2; the given one is not touched.
 
@@ -149,6 +153,7 @@ def build_hybrid(
         model: a Hugging Face model of a family in the table.
         plan: which layers change.
         mixer_options: any of MIXER_OPTIONS; the rest keep the paper's choice.
+        in_place: turn the given model itself into the hybrid, which saves the memory of a copy.
 
     Returns:
         A model of class `SSMHybrid<Class>`, on the same device and in the same dtype.
@@ -164,10 +169,10 @@ def build_hybrid(
         raise WorkbenchError(
             f"There is no mixer option {unknown[0]!r}; there are {', '.join(MIXER_OPTIONS)}."
         )
-    student = copy.deepcopy(model)
+    student = model if in_place else copy.deepcopy(model)
     text_config(student).ssm_hybrid = {"plan": plan.to_dict(), "options": options}
     _swap(student)
-    student.__class__ = hybrid_class(type(model))
+    student.__class__ = hybrid_class(type(student))
     student.config.__class__ = student.config_class
     # A config read from a file carries a copy of the old model_type, which would hide the new one.
     student.config.__dict__.pop("model_type", None)

@@ -181,7 +181,7 @@ def _load_smollm2(name: str, device: torch.device, dtype: torch.dtype) -> VLM:
             ) from error
     if name == smollm2.TEACHER:
         return teacher
-    student = load_delta(teacher.model, folder)
+    student = load_delta(teacher.model, folder, in_place=True)
     return VLM(name, student, teacher.processor, plan_of(student))
 
 

@@ -39,7 +39,8 @@ their scores.</p>
 """
 WHAT_SMOLLM2_KNOWS = """
 <p class="caption">SmolLM2-135M-Instruct is a real language model, and a very small one: its English
-is fluent, its facts are often wrong. It remembers nothing of the question before.</p>
+is fluent, its facts are often wrong. Its hybrids lose the thread sooner, the 50% one within a few
+sentences. None remembers the question before.</p>
 """
 KNOWN = {POCKET_TEACHER: WHAT_POCKET_KNOWS, smollm2.TEACHER: WHAT_SMOLLM2_KNOWS}
 
