@@ -50,7 +50,7 @@ print(plan)
 # %% [markdown]
 # ## What it will cost, before it exists
 #
-# The pickers' numbers marked *computed* come from sizes alone: with $b$ bytes a number, an
+# What the layer picker below marks *computed* comes from sizes alone: with $b$ bytes a number, an
 # attention layer keeps $2\,d\,b$ bytes for every token, a Mamba-2 layer $h\,p\,n \cdot 4$ bytes
 # and three positions for its convolution, once.
 
@@ -182,8 +182,9 @@ picker
 # %%
 picker.choose([6, 9, 11, 14])
 picker.measure()
-print(picker.plan)
-print({name: picker.value[name] for name in ("estimated_kl_nats", "measured")})
+print(f"layers {picker.plan.mamba_layers}: "
+      f"sum of scores {picker.value['estimated_kl_nats']:.5f}, "
+      f"measured {picker.value['measured']['kl_nats']:.5f} nats a token")  # fmt: skip
 
 # %% [markdown]
 # ## Do scores add up?
@@ -208,8 +209,8 @@ for name, layers in plans.items():
     measured[name] = mean_kl(teacher, wb.convert(teacher, drawn, init="matvlm"), judges)
     trained[name] = mean_kl(teacher, wb.convert(teacher, drawn, init=donor), judges)
     estimate = sum(replace_scores[i] for i in layers)
-    print(f"{name:<20} {sorted(layers)!s:<18} sum {estimate:7.4f}, measured {measured[name]:7.4f}, "
-          f"trained {trained[name]:7.4f}")  # fmt: skip
+    print(f"{name:<20} {sorted(layers)!s:<18} sum {estimate:8.5f}, measured {measured[name]:8.5f}, "
+          f"trained {trained[name]:8.5f}")  # fmt: skip
 bars_figure(measured, x="KL to the teacher, nats a token", chosen=["the four cheapest"], height=220)
 
 # %% [markdown]

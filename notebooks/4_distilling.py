@@ -196,19 +196,30 @@ bars_figure(learnt, x="KL on the two judges, nats a token", height=250)
 # ten thousand steps, the average score is 55.6 with right answers alone, 60.7 with layers alone,
 # 61.4 with the KL alone and 62.3 with both (teacher: 64.2).
 #
-# **Exercise 3.** Which way is this short test's best? Name it, without looking: compute it.
+# **Exercise 3.** Lesson 3 left a question open: are the matrices that the student takes over worth
+# anything once it is trained? Train the control: the loop's way `"both"`, six steps, the same
+# pictures, but from `init="random"`. What is its KL on the judges? Compare it with
+# `learnt["both"]`, and say what you would have to do before you believe the answer.
 
 # %% tags=["exercise"]
-best = ...  # your turn, one of the names in `learnt`
+from_random = ...  # your turn: convert, distill and mean_kl, as in the loop above
 
 # %% tags=["solution"]
-best = min(learnt, key=learnt.get)
+control = wb.convert(teacher, plan, init="random")
+both = wb.Stage("both", 6, **ways["both"])
+wb.distill(control, teacher, lesson, recipe=[both], batch_size=2)
+from_random = mean_kl(teacher, control, judges)
+print(f"from random, after six steps: {from_random:.3f} nats a token")
 
 # %%
+untrained = mean_kl(teacher, wb.convert(teacher, plan, init="random"), judges)
+print(f"taken over: {before:.2f} nats before, {learnt['both']:.2f} after six steps; "
+      f"random: {untrained:.2f} before, and after six steps what you find")  # fmt: skip
 check(
     "Exercise 3",
-    (lambda: best in learnt, "one of the names that are the keys of `learnt`."),
-    (lambda: learnt[best] == min(learnt.values()), "the best has the lowest KL."),
+    (lambda: from_random > 0, "a number of nats: what mean_kl(...) gives."),
+    (lambda: from_random not in learnt.values(), "this is the paper's start: say init='random'."),
+    (lambda: from_random < 0.9 * untrained, "this student has not been trained: distill it first."),
 )  # fmt: skip
 
 # %% [markdown]

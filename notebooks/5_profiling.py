@@ -97,9 +97,10 @@ explorer = profile_explorer(speed)
 explorer
 
 # %% [markdown]
-# Choose another figure above, and "in proportion". On a small model the hybrid is not faster: a
+# Choose another figure above, and "in proportion". A small hybrid does not **write** faster: a
 # token is many small operations, and starting them takes longer than doing them. The bytes are
-# what they were computed to be; times are the machine's, and the machine has other things to do.
+# what they were computed to be; times are the machine's, and the machine has other things to do:
+# a speed-up above *at most* is noise, so measure again.
 #
 # ## Products: what a prompt has to compute
 #
@@ -113,7 +114,7 @@ phi2 = dict(layers=32, d=2560, n_heads=32, headdim=80, d_state=80, weights=2_779
 per_layer = phi2["weights"] / phi2["layers"]
 for length in (1_000, 10_000, 100_000):
     share = 4 * length * phi2["d"] / (2 * per_layer + 4 * length * phi2["d"])
-    print(f"{length:>7,} tokens: {share:4.0%} of the teacher's operations are in the softmax")
+    print(f"{length:>7,} tokens: {share:4.0%} of the operations go into scores and their sums")
 
 # %% [markdown]
 # ## Amdahl: what is left is left

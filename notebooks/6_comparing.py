@@ -124,8 +124,9 @@ check(
 # ## Two answers, side by side
 #
 # Now each says what it wants; both read both answers, and the deeper the colour, the further
-# apart they are. The pointer on a token shows what each expected. Most tokens are pale: grammar
-# comes first to a student. The colour sits on what has to be **looked up** in the picture.
+# apart they are. The pointer on a token shows what each expected. Most tokens are pale: the
+# twelve layers that still attend know the grammar. The colour sits on what has to be **looked up**
+# in the picture.
 
 # %%
 viewer = answer_viewer(teacher, untrained, judges)

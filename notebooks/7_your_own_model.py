@@ -137,7 +137,7 @@ check(
 )  # fmt: skip
 
 # %% [markdown]
-# Two layers that share keys must get **the same** B: head 0 and 1 the first one, head 2 and 3 the
+# Two heads that share keys must get **the same** B: heads 0 and 1 the first one, heads 2 and 3 the
 # second, `(kv d) -> (kv r d)`. Three public code bases repeat rows instead of heads, and nothing
 # crashes. So we test it: with `init="linear"` a mixer is attention without its softmax, which can
 # be worked out by hand.

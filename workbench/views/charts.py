@@ -70,9 +70,12 @@ def curves_figure(
             hovertemplate=f"{name}: %{{y:.4g}} at %{{x}}<extra></extra>",
         )  # fmt: skip
     figure.update_layout(**_layout(height=height))
-    kind = dict(type="log") if log else dict(rangemode="tozero")
-    figure.update_xaxes(title=x, **kind)
-    figure.update_yaxes(title=y, gridcolor=GRID, **kind)
+    along = up = dict(rangemode="tozero")
+    if log:  # plotly would label what lies between powers of ten 2, 3, 4 and so on
+        along = dict(type="log", tickvals=sorted({v for xs, _ in curves.values() for v in xs}))
+        up = dict(type="log", dtick=1)
+    figure.update_xaxes(title=x, **along)
+    figure.update_yaxes(title=y, gridcolor=GRID, **up)
     return figure
 
 
