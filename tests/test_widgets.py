@@ -17,7 +17,8 @@ from workbench.steps.efficiency.profiling import Profile, ProfileRow
 from workbench.steps.quality.together import mean_kl, read_together
 from workbench.steps.training.stages import Stage
 from workbench.views import widgets
-from workbench.views.widgets.drawing import Bar, Line, bars, cells, lines
+from workbench.views.charts import bars_figure
+from workbench.views.widgets.drawing import Bar, Line, bars, cells, lines, table
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SAMPLES = [
@@ -162,6 +163,7 @@ def test_the_dashboard_starts_pauses_goes_on_and_stops(teacher, student):
     n = len(panel.rows)
     time.sleep(0.3)
     assert len(panel.rows) == n, "it goes on while it is paused"
+    assert "Paused." in panel.said.value, "the step that was under way talks over the pause"
     panel.pause_button.click()
     wait_until(lambda: len(panel.rows) > n)
     panel.pause()
@@ -260,3 +262,18 @@ def test_drawings_bear_strange_numbers():
     ):
         assert "nan" not in drawing
         ElementTree.fromstring(drawing)
+
+
+def test_bars_say_figures_without_powers_of_ten():
+    large, small = (
+        bars_figure({"a": 1.5, "b": 1e-5}, x=""),
+        bars_figure({"a": 4e-3, "b": 7e-4}, x=""),
+    )
+    assert list(large.data[0].text) == ["1.5", "< 0.001"]
+    assert list(small.data[0].text) == ["0.004", "0.0007"], "not small beside the longest bar"
+
+
+def test_a_column_of_prose_stands_left_with_its_head():
+    shown = table(["name", "what it is"], [["a", "short"], ["b", "a sentence of some length"]])
+    assert "right" not in shown
+    assert table(["name", "n"], [["a", "1"]]).count("text-align:right") == 2

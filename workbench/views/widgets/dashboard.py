@@ -144,10 +144,12 @@ class Dashboard(Panel):
 
     def _note(self, new: StepRow) -> None:
         self.rows.append(new)
-        if time.monotonic() - self._drawn_at > 0.3:  # a drawing is a message to the browser
+        paused = self.state == "paused"  # this step was under way when the button was pressed
+        late = time.monotonic() - self._drawn_at > 0.3  # a drawing is a message to the browser
+        if paused or late:
             self._drawn_at = time.monotonic()
             self.bar.value = new.step
-            self.say(str(new))
+            self.say(f"Paused. {new}" if paused else str(new))
             self.draw()
 
     def _show(self, state: str) -> None:

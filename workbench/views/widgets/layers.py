@@ -86,7 +86,7 @@ class LayerPicker(Panel):
         )  # fmt: skip
         spreads = ["even", "first", "last"] + (["by score"] if self.scores else [])
         self.spread = ipywidgets.Dropdown(options=spreads, description="spread", style=style)
-        self.spread.layout.width = "170px"
+        self.spread.layout.width, self.spread.layout.margin = "170px", "2px 16px 2px 2px"
         limit = position_limit(self.teacher)
         lengths = sorted({n for n in (256, 512, 1024, 2048, 4096, 8192, 16384, 32768) if n <= limit}
                          | {min(self.length, limit)})  # fmt: skip
@@ -199,7 +199,8 @@ class LayerPicker(Panel):
         left = (
             f"<b>{share} layers mix with Mamba-2 ({plan.ratio:.0%})</b><br>"
             + cells(plan.mamba_layers, self.n_layers, self.scores)
-            + ("<small>height: KL when this layer alone is replaced</small>" if self.scores else "")
+            + ("<div><small>height: KL when this layer alone is replaced</small></div>"
+               if self.scores else "")
             + self._table(before, after, found)
         )
         right = self._curve(before, after) + self._bars(before, after, found)
