@@ -1,9 +1,9 @@
 """What a class reaches without a GPU: minutes of distillation on a CPU, and how much comes back.
 
-    python -m benchmarks.pocket.classroom --seconds 290 --out benchmarks/results/classroom.json
+    python -m benchmarks.pocket.classroom --steps 100 --out benchmarks/results/classroom.json
 
 A hybrid of `--ratio` starts as the paper starts it (`--init matvlm`), is scored, distilled for so
-many seconds of this machine (finding out how long a step takes is counted in), and scored again.
+many steps, whose seconds are taken, and scored again.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from pathlib import Path
 import torch
 
 import workbench as wb
-from benchmarks.timing import steps_in
 from workbench.data.conversations import Encoder, TrainingBatches
 from workbench.steps.efficiency.machine import about
-from workbench.steps.training.stages import RECIPES
 
 
 def scored(vlm: wb.VLM, args: argparse.Namespace) -> dict:
@@ -35,7 +33,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--init", default="matvlm")
     parser.add_argument("--recipe", default="workbench")
-    parser.add_argument("--seconds", type=float, default=290)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8, help="pictures a step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--limit", type=int, default=160, help="held-out questions of each score")
@@ -50,19 +48,14 @@ def main() -> None:
     best = scored(teacher, args)
     student = wb.convert(teacher, plan, init=args.init, seed=args.seed)
     before, began = scored(student, args), time.perf_counter()
-    steps = steps_in(
-        args.seconds, RECIPES[args.recipe],
-        lambda: wb.convert(teacher, plan, init=args.init, seed=args.seed),
-        lambda student, **how: wb.distill(student, teacher, data, lr=args.lr, **how),
-    )  # fmt: skip
     run = wb.distill(
-        student, teacher, data, recipe=args.recipe, steps=steps, lr=args.lr,
-        log_every=max(1, steps // 20), on_step=lambda row: print(row, flush=True),
+        student, teacher, data, recipe=args.recipe, steps=args.steps, lr=args.lr, seed=args.seed,
+        log_every=max(1, args.steps // 20), on_step=lambda row: print(row, flush=True),
     )  # fmt: skip
     seconds = time.perf_counter() - began
     after = scored(student, args)
     recovered = (after["score"] - before["score"]) / (best["score"] - before["score"])
-    print(f"{steps} steps, {seconds:.0f} s: {recovered:.0%} of what conversion cost came back")
+    print(f"{args.steps} steps, {seconds:.0f} s: {recovered:.0%} of what conversion cost came back")
     if args.out:
         report = {
             "machine": about(torch.device("cpu")), "seconds": seconds, "recovered": recovered,
