@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workbench.mamba.config import Mamba2Config
+from workbench.mamba.triton_chain import chained, wait
 
 
 @triton.jit
@@ -72,6 +73,7 @@ def _mix_kernel(
     KV: tl.constexpr, REPEATS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     P2: tl.constexpr, N2: tl.constexpr, N_TAPS: tl.constexpr, SILU: tl.constexpr,
     GATE: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, WIDTH: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     batch, kv = tl.program_id(0), tl.program_id(1)
     heads = KV * REPEATS
@@ -84,6 +86,11 @@ def _mix_kernel(
     x += batch * x_row
     p, n = tl.arange(0, P2), tl.arange(0, N2)
     in_p, in_n = p < P, n < N
+    inside = in_p[:, None] & in_n[None, :]
+    ssm_state += (batch * heads + kv * REPEATS) * P * N + p[:, None] * N + n[None, :]
+    # The state is the largest read, and the kernel before does not write it.
+    first = tl.load(ssm_state, mask=inside, other=0.0)
+    wait(CHAINED)
     # Channels of the convolution: x of all heads, then B of all, then C of all.
     x_at, B_at = kv * P, kv * N
     xs = _convolved(
@@ -102,11 +109,11 @@ def _mix_kernel(
         step = tl.load(dt + batch * dt_row + head).to(tl.float32) + tl.load(dt_bias + head)
         step = tl.where(step > 20, step, tl.log(1 + tl.exp(step)))
         decay = tl.exp(-tl.exp(tl.load(A_log + head)) * step)
-        at = ((batch * heads + head) * P + p[:, None]) * N + n[None, :]
-        inside = in_p[:, None] & in_n[None, :]
-        state = tl.load(ssm_state + at, mask=inside, other=0.0)
+        state = first
+        if repeat > 0:
+            state = tl.load(ssm_state + repeat * P * N, mask=inside, other=0.0)
         state = state * decay + (xs * step)[:, None] * Bs[None, :]
-        tl.store(ssm_state + at, state, mask=inside)
+        tl.store(ssm_state + repeat * P * N, state, mask=inside)
         y = tl.sum(state * Cs[None, :], axis=1)
         y = y.to(x.dtype.element_ty).to(tl.float32) + xs * tl.load(D + head)
         if GATE:
@@ -181,6 +188,6 @@ def mix_step(
         P2=triton.next_power_of_2(config.headdim), N2=triton.next_power_of_2(config.d_state),
         N_TAPS=config.d_conv, SILU=config.conv_activation == "silu", GATE=config.gate,
         NORM=norm_weight is not None, ROPE=config.rope, WIDTH=cos.shape[-1],
-        num_warps=8 if config.headdim * config.d_state > 4096 else 4,
+        num_warps=4, **chained(x.device),
     )  # fmt: skip
     return out
