@@ -20,7 +20,7 @@ from workbench.views.figures import cache_figure
 
 MAX_PICTURES = 4
 MAX_QUESTION = 1000
-SECONDS_BETWEEN_UPDATES = 0.05  # the page is redrawn at most so often, whatever the model's speed
+SECONDS_BETWEEN_UPDATES = 0.1  # drawing the page takes time from the model that answers
 
 log = logging.getLogger(__name__)
 models = Models()
@@ -77,6 +77,16 @@ def ask(
         yield Answers(alert, *both, keep, keep)
 
 
+def ask_page(*args: object, **kwargs: object) -> Iterator[Answers]:
+    """As `ask`, but of each page only what is new, so that the browser draws nothing twice."""
+    before = (None,) * len(Answers._fields)
+    for page in ask(*args, **kwargs):
+        yield Answers(
+            *(gr.skip() if new is old else new for new, old in zip(page, before, strict=True))
+        )
+        before = page
+
+
 def _told(error: Exception) -> str:
     if isinstance(error, WorkbenchError):
         return str(error)
@@ -105,17 +115,17 @@ def _both_answers(
     of_hybrid: list[Answer] = []
     for shown in _stream("Hybrid", pair[1], images, question, max_new_tokens, of_hybrid):
         yield Answers(alert, finished, shown, "", no_figure)
-    last = of_teacher[-1], of_hybrid[-1]
-    at = cards.parting_word(last[0].text, last[1].text)
-    yield Answers(
+    at = cards.parting_word(of_teacher[-1].text, of_hybrid[-1].text)
+    last = Answers(
         alert,
-        cards.card("Teacher", teacher, last[0], "done", at),
-        cards.card("Hybrid", hybrid, last[1], "done", at),
+        cards.card("Teacher", teacher, of_teacher[-1], "done", at),
+        cards.card("Hybrid", hybrid, of_hybrid[-1], "done", at),
         cards.verdict(of_teacher, of_hybrid, pair[0].why_not),
-        gr.Plot(
-            value=cache_figure({teacher.name: of_teacher, hybrid.name: of_hybrid}), visible=True
-        ),
+        no_figure,
     )
+    yield last
+    figure = cache_figure({teacher.name: of_teacher, hybrid.name: of_hybrid})
+    yield last._replace(figure=gr.Plot(value=figure, visible=True))  # words need not wait for it
 
 
 def _stream(

@@ -13,7 +13,7 @@ from workbench.models.teacher import POCKET_HYBRIDS, POCKET_TEACHER, VLM
 from workbench.views.app import cards
 from workbench.views.app.examples import examples, thumbnail
 from workbench.views.app.handlers import (
-    ask,
+    ask_page,
     choose_hybrid,
     models,
     show_example,
@@ -31,8 +31,8 @@ that is partly Mamba-2.</p></header>
 HOW_MEASURED = """
 <p class="caption">Each model is measured alone: the teacher answers first, then the hybrid, through
 the same code with the same settings, and questions wait in one line for their turn. What is made
-once is in no figure: the engine's cache, the recording of its step on a GPU, and on a CPU its second
-copy of the decoder's weights.</p>
+once, before the first question, takes no time in these figures; on a CPU an engine also keeps a
+second copy of the decoder's weights, which they leave out.</p>
 """
 WHAT_POCKET_KNOWS = """
 <p class="caption">The pocket models were trained from scratch on drawings that this project
@@ -191,7 +191,7 @@ def _wire(left: Asking, right: Answering, teacher: str, device: str, seeing: boo
     private = dict(api_visibility="private", show_progress="hidden")
     asking = gr.on(
         [left.ask.click, left.question.submit],
-        partial(ask, teacher=teacher, device=device),
+        partial(ask_page, teacher=teacher, device=device),
         [left.pictures, left.question, right.chosen, left.max_new_tokens],
         page,
         api_name="ask",
