@@ -49,7 +49,7 @@ def loading(role: str, name: str, like: VLM) -> str:
         like: A model with as many layers: the teacher of a hybrid.
     """
     n_layers = like.model.config.get_text_config().num_hidden_layers
-    layers = _stack("<i></i>" * n_layers, n_layers, "its layers are being read")
+    layers = _stack("<i>&nbsp;</i>" * n_layers, n_layers, "its weights are being read")
     return _framed(role, Path(name).name, "loading", layers, "", _figures(None))
 
 

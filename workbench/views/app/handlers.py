@@ -25,7 +25,8 @@ SECONDS_BETWEEN_UPDATES = 0.1  # drawing the page takes time from the model that
 log = logging.getLogger(__name__)
 models = Models()
 # The page's queue lets one question in at a time, but a question that was stopped still computes
-# its last token when the next one comes, and an engine has one cache.
+# its last token when the next one comes. An engine has one cache, and the recording of a CUDA graph
+# bears no other work on the GPU.
 turn = Lock()
 
 
@@ -67,24 +68,14 @@ def ask(
         if not models.holds(hybrid, device):
             shown = _loading(first.vlm, hybrid)
             yield shown
-        pair = alike(models.get(teacher, device), models.get(hybrid, device))
         with turn:
+            pair = alike(models.get(teacher, device), models.get(hybrid, device))
             for shown in _both_answers(pair, images, question, int(max_new_tokens), alert):
                 yield shown
     except Exception as error:  # whatever it was, the page must stay and take the next question
         alert = cards.alert([_told(error)])
         both = stop(shown.teacher, shown.hybrid) if shown else (keep, keep)
         yield Answers(alert, *both, keep, keep)
-
-
-def ask_page(*args: object, **kwargs: object) -> Iterator[Answers]:
-    """As `ask`, but of each page only what is new, so that the browser draws nothing twice."""
-    before = (None,) * len(Answers._fields)
-    for page in ask(*args, **kwargs):
-        yield Answers(
-            *(gr.skip() if new is old else new for new, old in zip(page, before, strict=True))
-        )
-        before = page
 
 
 def _told(error: Exception) -> str:
@@ -222,7 +213,8 @@ def choose_hybrid(
         if not models.holds(name, device):
             card = cards.loading("Hybrid", name, models.get(teacher, device).vlm)
             yield Answers("", keep, card, "", _no_figure())
-        idle = cards.card("Hybrid", models.get(name, device).vlm, None, "idle")
+        with turn:
+            idle = cards.card("Hybrid", models.get(name, device).vlm, None, "idle")
     except Exception as error:
         yield Answers(cards.alert([_told(error)]), keep, shown, keep, keep)
     else:

@@ -7,7 +7,7 @@ that.
 
 import gc
 import logging
-from threading import RLock
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from workbench.models.engine import Engine
@@ -15,7 +15,7 @@ from workbench.models.prompts import position_limit
 from workbench.models.teacher import VLM, load
 
 ROOM = 512  # tokens at first: a picture, its question and its answer; for more the engine grows
-LARGEST = 2 * 2**30  # bytes of weights beyond which the hybrids unused for longest are let go
+LARGEST = 2**30  # bytes of weights beyond which the hybrids unused for longest are let go
 FEWEST = 2  # models that stay, however large: a teacher and its hybrid
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,8 @@ class Models:
     def __init__(self, largest: int = LARGEST) -> None:
         self.largest = largest
         self._held: dict[tuple[str, str], Ready] = {}  # the one asked for last stands last
-        self._lock = RLock()
+        # One thread loads all: memory that a thread gives back is there for its next model only.
+        self._loader = ThreadPoolExecutor(1)
 
     def holds(self, name: str, device: str) -> bool:
         """Tell whether a model is there already."""
@@ -51,17 +52,19 @@ class Models:
         Raises:
             WorkbenchError: as `load`.
         """
-        with self._lock:
-            ready = self._held.pop((name, device), None)
-            if ready is None:
-                self._make_room()
-                ready = make_ready(load(name, device=device))
-            self._held[name, device] = ready
-            return ready
+        return self._loader.submit(self._get, name, device).result()
 
     def clear(self) -> None:
         """Let go of all."""
         self._held.clear()
+
+    def _get(self, name: str, device: str) -> Ready:
+        ready = self._held.pop((name, device), None)
+        if ready is None:
+            self._make_room()
+            ready = make_ready(load(name, device=device))
+        self._held[name, device] = ready
+        return ready
 
     def _make_room(self) -> None:
         """Let go of the oldest models, before there is one more that may be as large as any."""

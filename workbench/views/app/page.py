@@ -13,7 +13,7 @@ from workbench.models.teacher import POCKET_HYBRIDS, POCKET_TEACHER, VLM
 from workbench.views.app import cards
 from workbench.views.app.examples import examples, thumbnail
 from workbench.views.app.handlers import (
-    ask_page,
+    ask,
     choose_hybrid,
     models,
     show_example,
@@ -191,7 +191,7 @@ def _wire(left: Asking, right: Answering, teacher: str, device: str, seeing: boo
     private = dict(api_visibility="private", show_progress="hidden")
     asking = gr.on(
         [left.ask.click, left.question.submit],
-        partial(ask_page, teacher=teacher, device=device),
+        partial(ask, teacher=teacher, device=device),
         [left.pictures, left.question, right.chosen, left.max_new_tokens],
         page,
         api_name="ask",
