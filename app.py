@@ -7,6 +7,8 @@ import os
 # a machine with anything else to do (a browser, say) that makes an answer twenty times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import torch
+
 from workbench.errors import WorkbenchError
 from workbench.views.app import build_app, open_app
 
@@ -22,6 +24,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the app to the network")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     chosen = parser.parse_args()
+    # One core is the browser's: torch's threads wait for the slowest of them at every product.
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     try:
         hybrid = chosen.hybrid or f"{chosen.teacher}-25"
         app = build_app(teacher=chosen.teacher, hybrid=hybrid, device=chosen.device)

@@ -1,19 +1,22 @@
 """The app without a browser: its handlers are plain functions, called here as such."""
 
+import threading
 import types
 from dataclasses import dataclass, replace
 
 import gradio as gr
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from workbench.errors import WorkbenchError
-from workbench.models.generation import Answer
+from workbench.models.engine import Engine
+from workbench.models.generation import Answer, stream_answer
 from workbench.models.plan import Plan
 from workbench.models.teacher import VLM
 from workbench.views import figures
-from workbench.views.app import build_app, cards, handlers
+from workbench.views.app import build_app, cards, handlers, models
 from workbench.views.app.pictures import MAX_SIDE, read_picture
 
 
@@ -67,16 +70,22 @@ def heard(monkeypatch):
             raise WorkbenchError(f"There is no model called '{name}': use pocket or pocket-25.")
         return MODELS[name]
 
-    def stream_answer(vlm, images, question, *, max_new_tokens):
+    def stream_answer(vlm, images, question, *, max_new_tokens, engine):
+        assert engine == f"engine of {vlm.name}"
         calls.append((vlm.name, len(images), question, max_new_tokens))
         yield from answers_of(vlm)
 
-    handlers.model.cache_clear()
-    monkeypatch.setattr(handlers, "load", load)
+    def make_ready(vlm):
+        return models.Ready(vlm, f"engine of {vlm.name}")
+
+    handlers.models.clear()
+    monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(models, "make_ready", make_ready)
+    monkeypatch.setattr(models, "_weight_bytes", lambda vlm: 0)
     monkeypatch.setattr(handlers, "stream_answer", stream_answer)
     monkeypatch.setattr(handlers, "SECONDS_BETWEEN_UPDATES", 0.0)
     yield calls
-    handlers.model.cache_clear()
+    handlers.models.clear()
 
 
 @pytest.fixture
@@ -164,9 +173,13 @@ def test_no_picture_and_too_many_are_told(heard, picture):
 
 
 def test_an_unknown_model_is_told(heard, picture):
-    (page,) = ask(picture, "What?", "pocket-99", 64)
+    loading, page = ask(picture, "What?", "pocket-99", 64)
+    assert 'data-state="loading"' in loading.hybrid
+    assert 'data-state="stopped"' in page.hybrid
     assert "no model called &#x27;pocket-99&#x27;" in page.alert
-    assert "no model called" in handlers.choose_hybrid("pocket-99").alert
+    *_, chosen = handlers.choose_hybrid("pocket-99", "the card before")
+    assert "no model called" in chosen.alert
+    assert chosen.hybrid == "the card before"
 
 
 def test_an_error_of_the_model_leaves_the_page_alive(heard, picture, monkeypatch):
@@ -182,9 +195,9 @@ def test_an_error_of_the_model_leaves_the_page_alive(heard, picture, monkeypatch
 
 def test_a_model_is_loaded_once(heard, picture, monkeypatch):
     loads = []
-    once = handlers.load
+    once = models.load
     monkeypatch.setattr(
-        handlers, "load", lambda name, device: loads.append(name) or once(name, device=device)
+        models, "load", lambda name, device: loads.append(name) or once(name, device=device)
     )
     for _ in range(2):
         ask(picture, "What?", "pocket-25", 64)
@@ -200,10 +213,160 @@ def test_stop_marks_only_what_was_not_finished(heard, picture):
     assert '<span class="state">stopped</span>' in hybrid
 
 
-def test_choosing_a_hybrid_draws_it(heard):
-    page = handlers.choose_hybrid("pocket-25")
+def test_an_error_amid_an_answer_stops_its_card(heard, picture, monkeypatch):
+    def breaks_off(vlm, *args, **kwargs):
+        yield answers_of(vlm)[0]
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(handlers, "stream_answer", breaks_off)
+    last = ask(picture, "What?", "pocket-25", 64)[-1]
+    assert "out of memory" in last.alert
+    assert 'data-state="stopped"' in last.teacher
+    assert 'data-state="stopped"' in last.hybrid
+
+
+def test_choosing_a_hybrid_says_that_it_is_loaded_and_draws_it(heard):
+    loading, page = handlers.choose_hybrid("pocket-25", "the card before")
+    assert 'data-state="loading"' in loading.hybrid
+    assert "<h2>pocket-25</h2>" in loading.hybrid
+    assert loading.hybrid.count("<i>&nbsp;</i>") == 16
+    assert len(list(handlers.choose_hybrid("pocket-25", ""))) == 1
     assert "12 attention layers, 4 Mamba-2" in page.hybrid
     assert page.hybrid.count('class="mamba"') == 4
+
+
+# One engine a model
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """A tiny teacher and its hybrid, whose answers never end by themselves, for the app to load."""
+    vlms = {}
+    for name, layers in (("teacher", None), ("hybrid", (0, 2))):
+        vlm = replace(tiny.vlm(layers), name=name)
+        vlm.model.generation_config.eos_token_id = vlm.tokenizer.eos_token = None
+        vlms[name] = vlm
+    monkeypatch.setattr(models, "load", lambda name, *, device: vlms[name])
+    handlers.models.clear()
+    yield vlms
+    handlers.models.clear()
+
+
+def said(picture, question, n=12):
+    last = ask(picture, question, "hybrid", n, teacher="teacher")[-1]
+    assert last.alert == ""
+    return [answer_on(card) for card in (last.teacher, last.hybrid)]
+
+
+def answer_on(card: str) -> str:
+    text = card.partition('<div class="answer">')[2].partition("</div>")[0]
+    return text.replace("<mark>", "").replace("</mark>", "")
+
+
+def plainly(pair, picture, question, n=12):
+    image = read_picture(picture[0][0])
+    lasts = [list(stream_answer(v, [image], question, max_new_tokens=n))[-1] for v in pair.values()]
+    return [cards._answer_text(last.text, "done", None) for last in lasts]
+
+
+def test_answers_are_those_of_plain_greedy_decoding(pair, picture):
+    for question in ("which colour is the bar?", "how many?"):
+        assert said(picture, question) == plainly(pair, picture, question)
+
+
+def test_an_engine_is_made_once_and_grows_for_a_longer_answer(pair, picture, monkeypatch):
+    made, once = [], models.Engine
+    monkeypatch.setattr(models, "Engine", lambda *args: made.append(args) or once(*args))
+    monkeypatch.setattr(models, "ROOM", 16)
+    assert said(picture, "how many?", 240) == plainly(pair, picture, "how many?", 240)
+    engines = [handlers.models.get(name, "cpu").engine for name in pair]
+    said(picture, "which colour?")
+    assert [handlers.models.get(name, "cpu").engine for name in pair] == engines
+    assert [vlm.name for vlm, _ in made] == ["teacher", "hybrid"]
+    assert len({mode for _, mode in made}) == 1
+
+
+def test_two_who_ask_at_once_both_get_their_own_answers(pair, picture):
+    questions = ["which colour is the bar?", "how many?"] * 2
+    heard = [None] * len(questions)
+
+    def go(at):
+        heard[at] = said(picture, questions[at], 24)
+
+    threads = [threading.Thread(target=go, args=(at,)) for at in range(len(questions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert heard == [plainly(pair, picture, question, 24) for question in questions]
+
+
+def test_a_question_that_was_broken_off_makes_room_for_the_next(pair, picture):
+    pages = handlers.ask(picture, "how many?", "hybrid", 40, teacher="teacher")
+    next(page for page in pages if 'data-state="writing"' in page.teacher)
+    assert handlers.turn.locked()
+    pages.close()  # as Gradio does for a stop, and for a page that was closed
+    assert not handlers.turn.locked()
+    assert said(picture, "which colour?") == plainly(pair, picture, "which colour?")
+
+
+@pytest.mark.parametrize("without", ["teacher", "hybrid"])
+def test_without_an_engine_for_one_the_other_goes_without(pair, picture, monkeypatch, without):
+    used, once = [], handlers.stream_answer
+
+    def stream(vlm, *args, engine, **options):
+        used.append(engine)
+        return once(vlm, *args, engine=engine, **options)
+
+    def fails(vlm, mode):
+        if vlm.name == without:
+            raise RuntimeError("no kernel for this")
+        return Engine(vlm, mode)
+
+    monkeypatch.setattr(handlers, "stream_answer", stream)
+    monkeypatch.setattr(models, "Engine", fails)
+    assert said(picture, "how many?") == plainly(pair, picture, "how many?")
+    assert used == [None, None]
+    last = ask(picture, "how many?", "hybrid", 3, teacher="teacher")[-1]
+    assert f"without an engine ({without}: its engine could not be made: no kernel" in last.verdict
+
+
+def test_a_family_without_records_goes_without_an_engine():
+    model = tiny.language_model("llama")
+    model.config.rope_parameters["rope_type"] = "dynamic"
+    ready = models.make_ready(VLM("own", model, tiny.tokenizer()))
+    assert ready.engine is None
+    assert "depends on the length" in ready.why_not
+
+
+def test_what_the_engines_set_aside_is_said_beside_what_is_filled(pair, picture):
+    last = ask(picture, "how many?", "hybrid", 3, teacher="teacher")[-1]
+    room = sum(handlers.models.get("teacher", "cpu").engine.bytes_reserved())
+    assert f"{room / 1024:,.0f}&nbsp;KiB for the teacher" in last.verdict
+    answer = next(stream_answer(pair["teacher"], [], "how many?"))
+    assert answer.reserved_bytes is None
+    engine = handlers.models.get("teacher", "cpu").engine
+    answer = next(stream_answer(pair["teacher"], [], "how many?", engine=engine))
+    assert answer.reserved_bytes == room > answer.cache_bytes
+
+
+def test_hybrids_do_not_pile_up(monkeypatch):
+    loads = []
+    monkeypatch.setattr(models, "load", lambda name, *, device: loads.append(name) or name)
+    monkeypatch.setattr(models, "make_ready", lambda vlm: models.Ready(vlm, None))
+    monkeypatch.setattr(models, "_weight_bytes", lambda vlm: 100)
+    shelf = models.Models(largest=300)
+    for hybrid in ("a", "b", "c"):
+        shelf.get("teacher", "cpu")
+        shelf.get(hybrid, "cpu")
+    assert loads == ["teacher", "a", "b", "c"]
+    assert [name for name in ("teacher", "a", "b", "c") if shelf.holds(name, "cpu")] == [
+        "teacher", "b", "c",
+    ]  # fmt: skip
+    small = models.Models(largest=0)
+    small.get("teacher", "cpu")
+    small.get("a", "cpu")
+    assert small.holds("teacher", "cpu")
 
 
 # A teacher that reads text only

@@ -204,6 +204,7 @@ def test_another_hybrid_takes_its_place(open_page):
     page.wait_for_function(
         "before => document.querySelector('.card.hybrid h2').innerText != before", arg=before
     )
+    page.wait_for_selector(".card.hybrid[data-state=idle]")  # after its loading
     assert page.locator(".card.hybrid .stack .mamba").count() == 8
 
 

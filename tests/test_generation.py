@@ -8,6 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from workbench.data import Sample
 from workbench.errors import WorkbenchError
 from workbench.models import generation
+from workbench.models.engine import Engine
 from workbench.models.generation import answer, answer_batch, stream_answer
 from workbench.models.prompts import build_prompt, prepare_inputs
 from workbench.models.teacher import VLM
@@ -64,6 +65,10 @@ def test_the_peak_is_weights_and_what_came_on_top(monkeypatch):
     monkeypatch.setattr(generation, "_memory_peak", lambda device: 5700)
     one = answer(vlm, [tiny.image()], QUESTION, max_new_tokens=2)
     assert one.peak_bytes == one.weight_bytes + 700
+    engine = Engine(vlm)
+    one = answer(vlm, [tiny.image()], QUESTION, max_new_tokens=2, engine=engine)
+    assert one.reserved_bytes == sum(engine.bytes_reserved()) > one.cache_bytes
+    assert one.peak_bytes == one.weight_bytes + one.reserved_bytes + 700  # it was there before
 
 
 @pytest.mark.gpu

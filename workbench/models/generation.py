@@ -46,6 +46,7 @@ class Answer:
     ssm_bytes: int  # Mamba-2 states that the cache holds
     weight_bytes: int
     peak_bytes: int | None = None  # weights and all that came on top, as measured on a GPU
+    reserved_bytes: int | None = None  # of an engine's cache, filled or not; None: it grows
 
     @property
     def cache_bytes(self) -> int:
@@ -181,9 +182,10 @@ def _stream(
     stop, weight_bytes = end_tokens(vlm), sum(p.nbytes for p in vlm.model.parameters())
     n_prompt, new = inputs["input_ids"].shape[1], []
     steps = _plain_steps(vlm, inputs) if engine is None else engine.timed(inputs, n_most)
-    # An engine has its cache before the first step, so that nothing of it would come on top.
-    device = vlm.model.device if engine is None else torch.device("cpu")
-    before = _memory_now(device)
+    # An engine's cache is there before the first step, and belongs to what came on top.
+    there = 0 if engine is None else sum(engine.ready(1, n_prompt + n_most).bytes_reserved())
+    device, before = vlm.model.device, _memory_now(vlm.model.device)
+    base = None if before is None else weight_bytes + there - before
     prefill_s = decode_s = 0.0
     for token, seconds, (kv_bytes, ssm_bytes) in steps:
         prefill_s, decode_s = (prefill_s, decode_s + seconds) if new else (seconds, 0.0)
@@ -200,7 +202,8 @@ def _stream(
             kv_bytes=kv_bytes,
             ssm_bytes=ssm_bytes,
             weight_bytes=weight_bytes,
-            peak_bytes=None if before is None else weight_bytes + _memory_peak(device) - before,
+            peak_bytes=None if base is None else base + _memory_peak(device),
+            reserved_bytes=None if engine is None else sum(engine.bytes_reserved()),
         )
         if final:
             return

@@ -73,6 +73,7 @@ class Engine:
             )
         self.reason = why_not(vlm.model)
         self.max_length, self.warm_up_ms = max_length, 0.0
+        self.runner: Lean | Forward | None = None  # that read the last prompt
         self._runners: dict[int, Lean | Forward] = {}
         self._read: set[int] = set()
         self._weights: tuple[int, ...] = ()
@@ -100,7 +101,8 @@ class Engine:
             return runner
         if stale:
             self._runners.clear()
-        self._runners.pop(batch_size, None)
+        if self._runners.pop(batch_size, None) is self.runner:
+            runner = self.runner = None  # two caches need not stand side by side
         room = self.max_length or -(-length // STRIDE) * STRIDE
         start = time.perf_counter()
         with inference(self.vlm):
@@ -224,6 +226,10 @@ class Engine:
     def bytes_held(self) -> tuple[int, int]:
         """Return bytes of keys and values that are filled, and of Mamba-2 states."""
         return self.runner.bytes_held()
+
+    def bytes_reserved(self) -> tuple[int, int]:
+        """Return bytes of all places for keys and values, filled or free, and of states."""
+        return self.runner.bytes_reserved()
 
     def _make(self, batch_size: int, room: int) -> Lean | Forward:
         if self.mode == "eager":

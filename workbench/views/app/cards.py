@@ -4,12 +4,14 @@ import re
 from collections.abc import Sequence
 from html import escape
 from itertools import zip_longest
+from pathlib import Path
 
 from workbench.models.generation import Answer
 from workbench.models.teacher import VLM
 
 STATES = {
     "idle": "",
+    "loading": "loading…",
     "next": "next",
     "reading": "reading…",
     "writing": "writing…",
@@ -34,20 +36,26 @@ def card(
         state: A key of `STATES`.
         parts_at: Index of the word from which the two answers differ, to be marked.
     """
-    text = answer.text if answer else ""
-    return (
-        f'<article class="card {role.lower()}" data-state="{state}" aria-label="{role}">'
-        f'<header><span class="role">{role}</span><h2>{escape(vlm.name)}</h2>'
-        f'<span class="state">{STATES[state]}</span></header>'
-        f"{stack(vlm)}"
-        f'<div class="answer">{_answer_text(text, state, parts_at)}</div>'
-        f"{_figures(answer)}</article>"
-    )
+    said = _answer_text(answer.text if answer else "", state, parts_at)
+    return _framed(role, vlm.name, state, stack(vlm), said, _figures(answer))
+
+
+def loading(role: str, name: str, like: VLM) -> str:
+    """Draw a model that is still being loaded: its name, and room for what will stand there.
+
+    Args:
+        role: As for `card`.
+        name: Of the model, or its folder.
+        like: A model with as many layers: the teacher of a hybrid.
+    """
+    n_layers = like.model.config.get_text_config().num_hidden_layers
+    layers = _stack("<i>&nbsp;</i>" * n_layers, n_layers, "its weights are being read")
+    return _framed(role, Path(name).name, "loading", layers, "", _figures(None))
 
 
 def stopped(card_html: str) -> str:
     """Return an unfinished card as one that was stopped, and a finished one as it is."""
-    for state in ("next", "reading", "writing"):
+    for state in ("loading", "next", "reading", "writing"):
         card_html = card_html.replace(f'data-state="{state}"', 'data-state="stopped"').replace(
             f'<span class="state">{STATES[state]}</span>',
             f'<span class="state">{STATES["stopped"]}</span>',
@@ -64,22 +72,17 @@ def stack(vlm: VLM) -> str:
         f'title="layer {layer}: {"Mamba-2" if layer in mamba else "attention"}">{layer}</i>'
         for layer in range(n_layers)
     )
-    said = _layers_sentence(n_layers, sorted(mamba))
-    n_rows = -(-n_layers // MOST_CELLS)
-    columns = f"grid-template-columns: repeat({-(-n_layers // n_rows)}, 1fr)"
-    return (
-        f'<div class="stack" style="{columns}" role="img" aria-label="{said}">{cells}</div>'
-        f'<p class="layers" aria-hidden="true">{said}</p>'
-    )
+    return _stack(cells, n_layers, _layers_sentence(n_layers, sorted(mamba)))
 
 
-def verdict(teachers: Sequence[Answer], hybrids: Sequence[Answer]) -> str:
+def verdict(teachers: Sequence[Answer], hybrids: Sequence[Answer], why_not: str = "") -> str:
     """Say whether the answers agree, where they part, and how large both caches became.
 
     Args:
         teachers: The answer after each of its tokens.
         hybrids: Likewise. Caches are compared where the shorter answer ends, since a longer one
             fills more of any cache.
+        why_not: There is no engine, if there is none.
     """
     teacher, hybrid = teachers[-1], hybrids[-1]
     at = parting_word(teacher.text, hybrid.text)
@@ -89,7 +92,11 @@ def verdict(teachers: Sequence[Answer], hybrids: Sequence[Answer]) -> str:
         agreement = _parting(teacher.text.split(), hybrid.text.split(), at)
     shared = min(len(teachers), len(hybrids))
     cache = _caches(teachers[shared - 1], hybrids[shared - 1])
-    return f'<p class="verdict" role="status">{agreement} {cache}</p>'
+    how = _how_answered(teacher, hybrid, why_not)
+    return (
+        f'<div role="status"><p class="verdict">{agreement} {cache}</p>'
+        f'<p class="caption">{how}</p></div>'
+    )
 
 
 def parting_word(first: str, second: str) -> int | None:
@@ -104,6 +111,24 @@ def alert(sentences: list[str], kind: str = "error") -> str:
         return ""
     lines = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
     return f'<div class="alert {kind}" role="alert">{lines}</div>'
+
+
+def _framed(role: str, name: str, state: str, layers: str, said: str, figures: str) -> str:
+    return (
+        f'<article class="card {role.lower()}" data-state="{state}" aria-label="{role}">'
+        f'<header><span class="role">{role}</span><h2>{escape(name)}</h2>'
+        f'<span class="state">{STATES[state]}</span></header>'
+        f'{layers}<div class="answer">{said}</div>{figures}</article>'
+    )
+
+
+def _stack(cells: str, n_layers: int, said: str) -> str:
+    n_rows = -(-n_layers // MOST_CELLS)
+    columns = f"grid-template-columns: repeat({-(-n_layers // n_rows)}, 1fr)"
+    return (
+        f'<div class="stack" style="{columns}" role="img" aria-label="{said}">{cells}</div>'
+        f'<p class="layers" aria-hidden="true">{said}</p>'
+    )
 
 
 def _layers_sentence(n_layers: int, mamba: list[int]) -> str:
@@ -150,6 +175,19 @@ def _caches(teacher: Answer, hybrid: Answer) -> str:
         f"After the same {n_tokens:,} tokens the hybrid's cache holds "
         f"{hybrid.cache_bytes / KIB:,.0f}&nbsp;KiB, the teacher's "
         f"{teacher.cache_bytes / KIB:,.0f}&nbsp;KiB: {abs(saved):.0%} {size}."
+    )
+
+
+def _how_answered(teacher: Answer, hybrid: Answer, why_not: str) -> str:
+    if why_not:
+        return f"Both answered through their own forward, without an engine ({escape(why_not)})."
+    rooms = [answer.reserved_bytes for answer in (teacher, hybrid)]
+    if None in rooms:
+        return ""
+    sizes = [f"{room / KIB:,.0f}&nbsp;KiB" for room in rooms]
+    return (
+        "The engines set aside room for longer answers, of which the figures count what is filled: "
+        f"{sizes[0]} for the teacher, {sizes[1]} for the hybrid."
     )
 
 

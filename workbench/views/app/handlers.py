@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from functools import lru_cache
+from threading import Lock
 from time import monotonic
 from typing import NamedTuple
 
@@ -11,17 +11,23 @@ import gradio as gr
 from workbench.errors import WorkbenchError
 from workbench.models.generation import Answer, stream_answer
 from workbench.models.prompts import sees
-from workbench.models.teacher import VLM, load
+from workbench.models.teacher import VLM
 from workbench.views.app import cards
 from workbench.views.app.examples import examples, is_example
+from workbench.views.app.models import Models, Ready, alike
 from workbench.views.app.pictures import read_picture
 from workbench.views.figures import cache_figure
 
 MAX_PICTURES = 4
 MAX_QUESTION = 1000
-SECONDS_BETWEEN_UPDATES = 0.05  # the page is redrawn at most so often, whatever the model's speed
+SECONDS_BETWEEN_UPDATES = 0.1  # drawing the page takes time from the model that answers
 
 log = logging.getLogger(__name__)
+models = Models()
+# The page's queue lets one question in at a time, but a question that was stopped still computes
+# its last token when the next one comes. An engine has one cache, and the recording of a CUDA graph
+# bears no other work on the GPU.
+turn = Lock()
 
 
 class Answers(NamedTuple):
@@ -32,12 +38,6 @@ class Answers(NamedTuple):
     hybrid: str
     verdict: str
     figure: gr.Plot | dict
-
-
-@lru_cache(maxsize=8)
-def model(name: str, device: str) -> VLM:
-    """Load a model once; whoever asks for it later gets the same object."""
-    return load(name, device=device)
 
 
 def ask(
@@ -60,59 +60,73 @@ def ask(
         teacher: Name of the teacher.
         device: Where both run.
     """
-    keep = gr.skip()
+    keep, shown = gr.skip(), None
     try:
-        seeing = sees(model(teacher, device))
-        images, notes = read_all(pictures) if seeing else ([], [])
-        question = checked(question)
-        pair = model(teacher, device), model(hybrid, device)
-        alert = cards.alert(notes, "note")
-        yield from _both_answers(pair, images, question, int(max_new_tokens), alert)
-    except WorkbenchError as error:
-        yield Answers(cards.alert([str(error)]), keep, keep, keep, keep)
+        first = models.get(teacher, device)
+        images, notes = read_all(pictures) if sees(first.vlm) else ([], [])
+        question, alert = checked(question), cards.alert(notes, "note")
+        if not models.holds(hybrid, device):
+            shown = _loading(first.vlm, hybrid)
+            yield shown
+        with turn:
+            pair = alike(models.get(teacher, device), models.get(hybrid, device))
+            for shown in _both_answers(pair, images, question, int(max_new_tokens), alert):
+                yield shown
     except Exception as error:  # whatever it was, the page must stay and take the next question
-        log.exception("A question could not be answered")
-        sentence = (
-            f"The model stopped with an error of its own ({error}). Ask again, or ask differently."
-        )
-        yield Answers(cards.alert([sentence]), keep, keep, keep, keep)
+        alert = cards.alert([_told(error)])
+        both = stop(shown.teacher, shown.hybrid) if shown else (keep, keep)
+        yield Answers(alert, *both, keep, keep)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, WorkbenchError):
+        return str(error)
+    log.error("A question could not be answered", exc_info=error)
+    return f"The model stopped with an error of its own ({error}). Ask again, or ask differently."
+
+
+def _loading(teacher: VLM, hybrid: str) -> Answers:
+    waiting = cards.card("Teacher", teacher, None, "next")
+    return Answers("", waiting, cards.loading("Hybrid", hybrid, teacher), "", _no_figure())
 
 
 def _both_answers(
-    pair: tuple[VLM, VLM], images: list, question: str, max_new_tokens: int, alert: str
+    pair: tuple[Ready, Ready], images: list, question: str, max_new_tokens: int, alert: str
 ) -> Iterator[Answers]:
     """Let one model finish before the other begins, so that each has the machine for itself."""
-    teacher, hybrid = pair
+    teacher, hybrid = (ready.vlm for ready in pair)
     waiting = cards.card("Hybrid", hybrid, None, "next")
-    no_figure = gr.Plot(value=None, visible=False)
+    no_figure = _no_figure()
     yield Answers(alert, cards.card("Teacher", teacher, None, "reading"), waiting, "", no_figure)
     of_teacher: list[Answer] = []
-    for shown in _stream("Teacher", teacher, images, question, max_new_tokens, of_teacher):
+    for shown in _stream("Teacher", pair[0], images, question, max_new_tokens, of_teacher):
         yield Answers(alert, shown, waiting, "", no_figure)
     finished = cards.card("Teacher", teacher, of_teacher[-1], "done")
     yield Answers(alert, finished, cards.card("Hybrid", hybrid, None, "reading"), "", no_figure)
     of_hybrid: list[Answer] = []
-    for shown in _stream("Hybrid", hybrid, images, question, max_new_tokens, of_hybrid):
+    for shown in _stream("Hybrid", pair[1], images, question, max_new_tokens, of_hybrid):
         yield Answers(alert, finished, shown, "", no_figure)
-    last = of_teacher[-1], of_hybrid[-1]
-    at = cards.parting_word(last[0].text, last[1].text)
-    yield Answers(
+    at = cards.parting_word(of_teacher[-1].text, of_hybrid[-1].text)
+    last = Answers(
         alert,
-        cards.card("Teacher", teacher, last[0], "done", at),
-        cards.card("Hybrid", hybrid, last[1], "done", at),
-        cards.verdict(of_teacher, of_hybrid),
-        gr.Plot(
-            value=cache_figure({teacher.name: of_teacher, hybrid.name: of_hybrid}), visible=True
-        ),
+        cards.card("Teacher", teacher, of_teacher[-1], "done", at),
+        cards.card("Hybrid", hybrid, of_hybrid[-1], "done", at),
+        cards.verdict(of_teacher, of_hybrid, pair[0].why_not),
+        no_figure,
     )
+    yield last
+    figure = cache_figure({teacher.name: of_teacher, hybrid.name: of_hybrid})
+    yield last._replace(figure=gr.Plot(value=figure, visible=True))  # words need not wait for it
 
 
 def _stream(
-    role: str, vlm: VLM, images: list, question: str, max_new_tokens: int, heard: list[Answer]
+    role: str, ready: Ready, images: list, question: str, max_new_tokens: int, heard: list[Answer]
 ) -> Iterator[str]:
     """Yield the card of one model as it answers, and put every answer so far into `heard`."""
-    shown_at = 0.0
-    for answer in stream_answer(vlm, images, question, max_new_tokens=max_new_tokens):
+    vlm, shown_at = ready.vlm, 0.0
+    for answer in stream_answer(
+        vlm, images, question, max_new_tokens=max_new_tokens, engine=ready.engine
+    ):
         heard.append(answer)
         if monotonic() - shown_at > SECONDS_BETWEEN_UPDATES:
             yield cards.card(role, vlm, answer, "writing")
@@ -183,14 +197,32 @@ def show_example(at: int, pictures: bool = True) -> tuple[gr.Gallery, str, str]:
     return frame(list(sample.images)), sample.question, ""
 
 
-def choose_hybrid(name: str, *, device: str = "cpu") -> Answers:
-    """Show another hybrid, unasked as yet; the teacher's answer stays."""
+def choose_hybrid(
+    name: str, shown: str, *, teacher: str = "pocket", device: str = "cpu"
+) -> Iterator[Answers]:
+    """Show another hybrid, unasked as yet; the teacher's answer stays.
+
+    Args:
+        name: Of the hybrid.
+        shown: The card that stands there, and stays if there is no such hybrid.
+        teacher: Whose hybrid it is.
+        device: Where both run.
+    """
     keep = gr.skip()
     try:
-        idle = cards.card("Hybrid", model(name, device), None, "idle")
-    except WorkbenchError as error:
-        return Answers(cards.alert([str(error)]), keep, keep, keep, keep)
-    return Answers("", keep, idle, "", gr.Plot(value=None, visible=False))
+        if not models.holds(name, device):
+            card = cards.loading("Hybrid", name, models.get(teacher, device).vlm)
+            yield Answers("", keep, card, "", _no_figure())
+        with turn:
+            idle = cards.card("Hybrid", models.get(name, device).vlm, None, "idle")
+    except Exception as error:
+        yield Answers(cards.alert([_told(error)]), keep, shown, keep, keep)
+    else:
+        yield Answers("", keep, idle, "", _no_figure())
+
+
+def _no_figure() -> gr.Plot:
+    return gr.Plot(value=None, visible=False)
 
 
 def stop(teacher_card: str, hybrid_card: str) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from workbench.views.app.examples import examples, thumbnail
 from workbench.views.app.handlers import (
     ask,
     choose_hybrid,
-    model,
+    models,
     show_example,
     stop,
     take_pictures,
@@ -30,7 +30,9 @@ that is partly Mamba-2.</p></header>
 """
 HOW_MEASURED = """
 <p class="caption">Each model is measured alone: the teacher answers first, then the hybrid, through
-the same code with the same settings, and questions wait in one line for their turn.</p>
+the same code with the same settings, and questions wait in one line for their turn. What is made
+once, before the first question, takes no time in these figures; on a CPU an engine also keeps a
+second copy of the decoder's weights, which they leave out.</p>
 """
 WHAT_POCKET_KNOWS = """
 <p class="caption">The pocket models were trained from scratch on drawings that this project
@@ -82,7 +84,7 @@ def build_app(
         WorkbenchError: One of the two cannot be loaded; that is tried here, so that the first
             question need not wait for it.
     """
-    pair = model(teacher, device), model(hybrid, device)
+    pair = models.get(teacher, device).vlm, models.get(hybrid, device).vlm
     seeing = sees(pair[0])
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as app:
         gr.HTML(LEDE.format(what="One picture, one question" if seeing else "One question"))
@@ -199,8 +201,8 @@ def _wire(left: Asking, right: Answering, teacher: str, device: str, seeing: boo
     both = [right.teacher, right.hybrid]
     left.stop.click(stop, both, both, cancels=[asking], queue=False, **private)
     right.chosen.change(
-        partial(choose_hybrid, device=device),
-        right.chosen,
+        partial(choose_hybrid, teacher=teacher, device=device),
+        [right.chosen, right.hybrid],
         page,
         **models_are_one_at_a_time,
         **private,
