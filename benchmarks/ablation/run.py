@@ -31,7 +31,7 @@ import transformers
 import workbench as wb
 from benchmarks.ablation.data import batches_of, begin_drawing, load_teacher
 from benchmarks.ablation.record import Record
-from benchmarks.ablation.rows import ROWS, jobs_of
+from benchmarks.ablation.rows import ROWS, jobs_of, read_rows
 from benchmarks.ablation.schedule import Schedule
 from benchmarks.ablation.table import report
 from benchmarks.ablation.workers import run_here, run_parallel, visible_gpus
@@ -128,7 +128,8 @@ def write(record: Record, left: int, args: argparse.Namespace) -> None:
     place = args.out / f"ablation_{args.name}"
     found = {"settings": record.settings, "versions": versions, "not_done": left, "runs": lines}
     place.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    text = "\n".join(report(lines, record.settings, versions, left)) + "\n"
+    order = [row.name for row in (read_rows(args.rows) if args.rows else ROWS)]
+    text = "\n".join(report(lines, record.settings, versions, left, order)) + "\n"
     place.with_suffix(".md").write_text(text)
     print(text)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import mean, stdev
 
 from benchmarks.ablation.rows import DEFAULT, PAPER
@@ -14,13 +14,14 @@ BETTER, WORSE, ALIKE = "better", "worse", "no clear difference"
 
 
 class Found:
-    """Finished jobs, by row and ratio."""
+    """Finished jobs, by row and ratio; `order` names the rows as the table has them."""
 
-    def __init__(self, lines: list[dict]) -> None:
+    def __init__(self, lines: list[dict], order: Sequence[str] = ()) -> None:
         self.good = [line for line in lines if "error" not in line]
         self.bad = [line for line in lines if "error" in line]
         self.rows: dict[str, dict] = {}
-        for line in lines:
+        place = {name: i for i, name in enumerate(order)}
+        for line in sorted(lines, key=lambda line: place.get((line["row"] or {}).get("name"), -1)):
             if line["row"]:
                 self.rows[line["row"]["name"]] = line["row"]
         rated = {line["percent"] for line in lines if line["row"]}
@@ -68,9 +69,11 @@ def verdict(ours: dict[int, float], theirs: dict[int, float]) -> str:
     return f"{times}, {(BETTER if mean(a) < mean(b) else WORSE) if beyond else ALIKE}"
 
 
-def report(lines: list[dict], settings: dict, versions: dict, left: int) -> Iterator[str]:
+def report(
+    lines: list[dict], settings: dict, versions: dict, left: int, order: Sequence[str] = ()
+) -> Iterator[str]:
     """Lines of Markdown: what was run, every row, the answers, and what failed."""
-    found = Found(lines)
+    found = Found(lines, order)
     yield (
         f"{settings['teacher']}: {settings['steps']} steps of {settings['batch']} sequences, "
         f"{settings['limit']} held-out sequences; "
