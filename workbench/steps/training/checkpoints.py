@@ -203,7 +203,8 @@ def restore_training(
                 put(value)
         elif name in trained:
             p = trained[name]
-            place = value.device if entry == "step" else p.device
+            beside = entry != "step" or optimizer.defaults.get("fused")
+            place = p.device if beside else value.device
             optimizer.state[p][entry] = value.to(place)
 
 
