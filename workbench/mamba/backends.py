@@ -58,7 +58,7 @@ def ssd_fla(
     dt = dt.float()
     # Its states are (d_state, headdim), ours the other way round.
     y, state = scan(
-        q=C, k=B, v=(x * dt[..., None]).to(x.dtype), g=dt * A.float(), scale=1.0,
+        q=C, k=B, v=x * dt[..., None].to(x.dtype), g=dt * A.float(), scale=1.0,
         initial_state=None if initial_state is None else initial_state.float().mT.contiguous(),
         output_final_state=True,
     )  # fmt: skip
