@@ -67,7 +67,7 @@ def _decode(notes, device, make, cells, ratios, share_of_time) -> None:
                 if not r:
                     base = ms
                     free()
-                    idle, _ = _decode_ms(vlm, mode, batch, context, Idle)
+                    idle = _decode_ms(vlm, mode, batch, context, Idle)[0]
                     mixing = max(0.0, 1 - idle / ms)
                 at = context + STEPS * ROUNDS // 2
                 bound = sizes(vlm).decode_seconds(machine(device, torch.bfloat16), batch, at) * 1e3
