@@ -26,8 +26,8 @@ def inputs(headdim, length, dtype, device, padded=True):
 def results(scan, *tensors):
     tensors = [t.detach().requires_grad_() for t in tensors]
     y, state = scan(*tensors[:5], initial_state=tensors[5])
-    gradients = torch.autograd.grad((y.double().sum() + state.double().sum()), tensors)
-    return [y, state, *gradients]
+    yield from (y, state)
+    yield from torch.autograd.grad((y.double().sum() + state.double().sum()), tensors)
 
 
 @pytest.mark.parametrize("name", kernels.available())
@@ -35,12 +35,18 @@ def results(scan, *tensors):
 @pytest.mark.parametrize("headdim, length", SIZES)
 def test_every_scan_is_the_recurrence_in_output_state_and_gradients(name, dtype, headdim, length):
     given = inputs(headdim, length, dtype, "cuda" if GPU else "cpu")
+    expected = results(ssd.ssd_recurrent, *(t.double() for t in given))
     with kernels.use(name):
         found = results(kernels.ssd, *given)
-    expected = results(ssd.ssd_recurrent, *(t.double() for t in given))
-    for one, other in zip(found, expected, strict=True):
-        error = (one.double() - other).norm() / other.norm().clamp(min=1e-12)
-        assert error <= TOLERANCE[dtype]
+        try:
+            for one, other in zip(found, expected, strict=True):
+                error = (one.double() - other).norm() / other.norm().clamp(min=1e-12)
+                assert error <= TOLERANCE[dtype]
+        except RuntimeError as refusal:
+            if name != "fla" or "Please upgrade Triton" not in str(refusal):
+                raise
+            # With some versions of Triton fla's backward is wrong on Hopper, and fla knows it.
+            pytest.skip(f"output and state are right; gradients: {refusal}")
 
 
 @pytest.fixture

@@ -25,7 +25,11 @@ def wait(CHAINED: tl.constexpr):
 
 
 def chained(device: torch.device) -> dict[str, bool]:
-    """Return launch options of a kernel that calls `wait`: empty where there is no such launch."""
+    """Return the options to launch a kernel with that calls `wait`, on this device.
+
+    Where there is no such launch (no GPU, an older one, an older Triton), kernels follow each
+    other as ever.
+    """
     return {"CHAINED": True, "launch_pdl": True} if _can_chain(device) else {"CHAINED": False}
 
 

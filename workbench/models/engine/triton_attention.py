@@ -4,6 +4,7 @@ Only places that are filled are read. Where the token belongs is read from a ten
 graph of it stays true. This module needs Triton; import it only where that is installed.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,14 +25,13 @@ class Shape(NamedTuple):
 
 SHAPE = Shape(32, 2, 4)  # the fastest of eight on an H200, from 828 keys to 16 x 16,384
 FEWEST_QUERIES = 16  # rows of the smallest matrix product
+LOG2_E = 1 / math.log(2)  # exp(s) is exp2(s * LOG2_E), and the GPU has exp2
 
 
 @triton.jit
-def _seen(
-    qs, ks, vs, among, top, weight, total, scale, PRECISION: tl.constexpr
-):  # fmt: skip
+def _seen(qs, ks, vs, among, top, weight, total, scale, PRECISION: tl.constexpr):
     """Add some keys and values to what was seen so far: (M,), (M,), (M, D2), float32."""
-    score = tl.dot(qs, tl.trans(ks), input_precision=PRECISION) * (scale * 1.4426950408889634)
+    score = tl.dot(qs, tl.trans(ks), input_precision=PRECISION) * scale
     score = tl.where(among[None, :], score, float("-inf"))
     # Of nothing seen at all -inf is the highest score, and -inf - -inf is no number.
     higher = tl.maximum(tl.maximum(top, tl.max(score, axis=1)), -1e30)
@@ -93,8 +93,7 @@ def _attend_kernel(
             key = (key.to(tl.float32) * c + across.to(tl.float32) * s).to(k.dtype.element_ty)
         tl.store(keys + base + at.to(tl.int64) * D + d, key, mask=in_d)
         tl.store(values + base + at.to(tl.int64) * D + d, value, mask=in_d)
-        top = tl.sum(qs.to(tl.float32) * key.to(tl.float32)[None, :], axis=1)
-        top *= scale * 1.4426950408889634
+        top = scale * tl.sum(qs.to(tl.float32) * key.to(tl.float32)[None, :], axis=1)
         weight += 1
         total += value.to(tl.float32)[None, :]
     top, weight, total = _seen(qs, ks, vs, n < old, top, weight, total, scale, PRECISION)
@@ -177,7 +176,7 @@ def attend(
     _attend_kernel[(pairs, n_splits)](
         q, k, v, q.stride(0), k.stride(0), v.stride(0),
         cos, sin, cos.stride(0) if rotate and cos.shape[0] > 1 else 0,
-        keys, values, place, start, sums, tops, weights, scale, length,
+        keys, values, place, start, sums, tops, weights, scale * LOG2_E, length,
         KV=n_kv, REPEATS=repeats, D=headdim, D2=D2, WIDTH=cos.shape[-1] if rotate else 0,
         SPLITS=n_splits, M=max(FEWEST_QUERIES, triton.next_power_of_2(repeats)), BN=SHAPE.keys,
         ROTATE=rotate, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
