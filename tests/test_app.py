@@ -16,7 +16,7 @@ from workbench.models.generation import Answer, stream_answer
 from workbench.models.plan import Plan
 from workbench.models.teacher import VLM
 from workbench.views import figures
-from workbench.views.app import build_app, cards, handlers, models
+from workbench.views.app import build_app, cards, handlers, models, turn
 from workbench.views.app.pictures import MAX_SIDE, read_picture
 
 
@@ -304,10 +304,18 @@ def test_two_who_ask_at_once_both_get_their_own_answers(pair, picture):
 def test_a_question_that_was_broken_off_makes_room_for_the_next(pair, picture):
     pages = handlers.ask(picture, "how many?", "hybrid", 40, teacher="teacher")
     next(page for page in pages if 'data-state="writing"' in page.teacher)
-    assert handlers.turn.locked()
+    assert handlers.turn.taken()
     pages.close()  # as Gradio does for a stop, and for a page that was closed
-    assert not handlers.turn.locked()
+    assert not handlers.turn.taken()
     assert said(picture, "which colour?") == plainly(pair, picture, "which colour?")
+
+
+def test_a_question_that_nobody_goes_on_with_loses_its_turn(pair, picture, monkeypatch):
+    monkeypatch.setattr(turn, "GIVEN_UP", 0.1)
+    pages = handlers.ask(picture, "how many?", "hybrid", 40, teacher="teacher")
+    next(page for page in pages if 'data-state="writing"' in page.teacher)
+    assert said(picture, "which colour?") == plainly(pair, picture, "which colour?")
+    assert list(pages) == []  # it does not come back into another's cache
 
 
 @pytest.mark.parametrize("without", ["teacher", "hybrid"])

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator
-from threading import Lock
 from time import monotonic
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from workbench.views.app import cards
 from workbench.views.app.examples import examples, is_example
 from workbench.views.app.models import Models, Ready, alike
 from workbench.views.app.pictures import read_picture
+from workbench.views.app.turn import Turn
 from workbench.views.figures import cache_figure
 
 MAX_PICTURES = 4
@@ -24,10 +24,7 @@ SECONDS_BETWEEN_UPDATES = 0.1  # drawing the page takes time from the model that
 
 log = logging.getLogger(__name__)
 models = Models()
-# The page's queue lets one question in at a time, but a question that was stopped still computes
-# its last token when the next one comes. An engine has one cache, and the recording of a CUDA graph
-# bears no other work on the GPU.
-turn = Lock()
+turn = Turn()
 
 
 class Answers(NamedTuple):
@@ -68,10 +65,11 @@ def ask(
         if not models.holds(hybrid, device):
             shown = _loading(first.vlm, hybrid)
             yield shown
-        with turn:
-            pair = alike(models.get(teacher, device), models.get(hybrid, device))
-            for shown in _both_answers(pair, images, question, int(max_new_tokens), alert):
-                yield shown
+        names = teacher, hybrid
+        for shown in turn.take(
+            _both_answers(names, device, images, question, int(max_new_tokens), alert)
+        ):
+            yield shown
     except Exception as error:  # whatever it was, the page must stay and take the next question
         alert = cards.alert([_told(error)])
         both = stop(shown.teacher, shown.hybrid) if shown else (keep, keep)
@@ -91,9 +89,15 @@ def _loading(teacher: VLM, hybrid: str) -> Answers:
 
 
 def _both_answers(
-    pair: tuple[Ready, Ready], images: list, question: str, max_new_tokens: int, alert: str
+    names: tuple[str, str],
+    device: str,
+    images: list,
+    question: str,
+    max_new_tokens: int,
+    alert: str,
 ) -> Iterator[Answers]:
     """Let one model finish before the other begins, so that each has the machine for itself."""
+    pair = alike(*(models.get(name, device) for name in names))
     teacher, hybrid = (ready.vlm for ready in pair)
     waiting = cards.card("Hybrid", hybrid, None, "next")
     no_figure = _no_figure()
@@ -213,12 +217,14 @@ def choose_hybrid(
         if not models.holds(name, device):
             card = cards.loading("Hybrid", name, models.get(teacher, device).vlm)
             yield Answers("", keep, card, "", _no_figure())
-        with turn:
-            idle = cards.card("Hybrid", models.get(name, device).vlm, None, "idle")
+        yield from turn.take(_idle(name, device))
     except Exception as error:
         yield Answers(cards.alert([_told(error)]), keep, shown, keep, keep)
-    else:
-        yield Answers("", keep, idle, "", _no_figure())
+
+
+def _idle(name: str, device: str) -> Iterator[Answers]:
+    card = cards.card("Hybrid", models.get(name, device).vlm, None, "idle")
+    yield Answers("", gr.skip(), card, "", _no_figure())
 
 
 def _no_figure() -> gr.Plot:
