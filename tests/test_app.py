@@ -1,6 +1,8 @@
 """The app without a browser: its handlers are plain functions, called here as such."""
 
+import inspect
 import threading
+import time
 import types
 from dataclasses import dataclass, replace
 
@@ -204,13 +206,52 @@ def test_a_model_is_loaded_once(heard, picture, monkeypatch):
     assert loads == ["pocket", "pocket-25"]
 
 
+def press_stop(who):
+    handlers.stop(types.SimpleNamespace(session_hash=who))
+
+
 def test_stop_marks_only_what_was_not_finished(heard, picture):
-    pages = ask(picture, "What is it?", "pocket-25", 64)
+    pages = handlers.ask(picture, "What is it?", "pocket-25", 64, who="me")
     page = next(page for page in pages if 'data-state="writing"' in page.hybrid)
-    teacher, hybrid = handlers.stop(page.teacher, page.hybrid)
-    assert teacher == page.teacher
-    assert 'data-state="stopped"' in hybrid
-    assert '<span class="state">stopped</span>' in hybrid
+    press_stop("another")
+    press_stop("me")
+    (last,) = pages
+    assert last.teacher == page.teacher
+    assert 'data-state="stopped"' in last.hybrid
+    assert '<span class="state">stopped</span>' in last.hybrid
+    assert last.alert == ""
+    assert not handlers.turn.taken()
+    assert ask(picture, "What is it?", "pocket-25", 64, who="me")[-1].verdict
+
+
+def test_a_question_that_waits_says_so_and_can_be_stopped(heard, picture):
+    ask(picture, "What is it?", "pocket-25", 64)  # the models are there now
+    before = handlers.ask(picture, "What is it?", "pocket-25", 64, who="before")
+    next(before)
+    pages = handlers.ask(picture, "What is it?", "pocket-25", 64, who="me")
+    waiting = next(pages)
+    assert "yours waits for its turn" in waiting.alert
+    assert 'data-state="next"' in waiting.teacher
+    threading.Timer(0.1, press_stop, ["me"]).start()
+    (last,) = pages
+    assert 'data-state="stopped"' in last.teacher
+    assert list(before)[-1].verdict
+
+
+def test_who_came_first_is_served_first():
+    line, served = turn.Turn(), []
+    first = line.take(iter("ab"))
+    next(first)
+    threads = []
+    for name in "123":
+        threads.append(threading.Thread(target=lambda n=name: served.extend(line.take(iter([n])))))
+        threads[-1].start()
+        while len(line._line) < len(threads) + 1:
+            time.sleep(0.001)
+    assert list(first) == ["b"]
+    for thread in threads:
+        thread.join(10)
+    assert served == ["1", "2", "3"]
 
 
 def test_an_error_amid_an_answer_stops_its_card(heard, picture, monkeypatch):
@@ -583,10 +624,11 @@ def test_figures_keep_their_colours():
     assert {bar.name: list(bar.x) for bar in bars.data}["Mamba-2"] == [3, 7, 11, 15]
 
 
-def test_the_page_asks_one_at_a_time_and_calls_nobody(heard):
+def test_waiting_questions_leave_threads_and_the_page_calls_nobody(heard):
     app = build_app()
     assert isinstance(app, gr.Blocks)
     assert app.title == "MaTVLM Workbench"
     assert not app.analytics_enabled
     asking = next(fn for fn in app.fns.values() if fn.api_name == "ask")
-    assert asking.concurrency_limit == 1
+    threads = inspect.signature(app.launch).parameters["max_threads"].default
+    assert 1 < asking.concurrency_limit < threads

@@ -15,7 +15,7 @@ from workbench.views.app import cards
 from workbench.views.app.examples import examples, is_example
 from workbench.views.app.models import Models, Ready, alike
 from workbench.views.app.pictures import read_picture
-from workbench.views.app.turn import Turn
+from workbench.views.app.turn import Stopped, Turn
 from workbench.views.figures import cache_figure
 
 MAX_PICTURES = 4
@@ -45,6 +45,7 @@ def ask(
     *,
     teacher: str = "pocket",
     device: str = "cpu",
+    who: str | None = None,
 ) -> Iterator[Answers]:
     """Ask the teacher, then the hybrid, and yield the page as it fills.
 
@@ -56,8 +57,9 @@ def ask(
         max_new_tokens: Where an answer is cut off.
         teacher: Name of the teacher.
         device: Where both run.
+        who: Asks, and may `stop` it.
     """
-    keep, shown = gr.skip(), None
+    shown = None
     try:
         first = models.get(teacher, device)
         images, notes = read_all(pictures) if sees(first.vlm) else ([], [])
@@ -65,15 +67,25 @@ def ask(
         if not models.holds(hybrid, device):
             shown = _loading(first.vlm, hybrid)
             yield shown
-        names = teacher, hybrid
-        for shown in turn.take(
-            _both_answers(names, device, images, question, int(max_new_tokens), alert)
-        ):
+        elif turn.taken():
+            shown = _waiting(first.vlm, models.get(hybrid, device).vlm)
             yield shown
+        answering = _both_answers(
+            (teacher, hybrid), device, images, question, int(max_new_tokens), alert
+        )
+        for shown in turn.take(answering, who):
+            yield shown
+    except Stopped:
+        yield _broken_off(shown, "")
     except Exception as error:  # whatever it was, the page must stay and take the next question
-        alert = cards.alert([_told(error)])
-        both = stop(shown.teacher, shown.hybrid) if shown else (keep, keep)
-        yield Answers(alert, *both, keep, keep)
+        yield _broken_off(shown, cards.alert([_told(error)]))
+
+
+def _broken_off(shown: Answers | None, alert: str) -> Answers:
+    """Say on the cards that stand there that they were stopped."""
+    keep = gr.skip()
+    both = [cards.stopped(card) for card in (shown.teacher, shown.hybrid)] if shown else [keep] * 2
+    return Answers(alert, *both, keep, keep)
 
 
 def _told(error: Exception) -> str:
@@ -81,6 +93,12 @@ def _told(error: Exception) -> str:
         return str(error)
     log.error("A question could not be answered", exc_info=error)
     return f"The model stopped with an error of its own ({error}). Ask again, or ask differently."
+
+
+def _waiting(teacher: VLM, hybrid: VLM) -> Answers:
+    said = cards.alert(["Another question is being answered: yours waits for its turn."], "note")
+    both = cards.card("Teacher", teacher, None, "next"), cards.card("Hybrid", hybrid, None, "next")
+    return Answers(said, *both, "", _no_figure())
 
 
 def _loading(teacher: VLM, hybrid: str) -> Answers:
@@ -231,6 +249,6 @@ def _no_figure() -> gr.Plot:
     return gr.Plot(value=None, visible=False)
 
 
-def stop(teacher_card: str, hybrid_card: str) -> tuple[str, str]:
-    """Say on both cards that they were stopped; the answering itself is cancelled by the event."""
-    return cards.stopped(teacher_card), cards.stopped(hybrid_card)
+def stop(request: gr.Request) -> None:
+    """Stop what this page has asked, within a token; `ask` then says so on its cards."""
+    turn.stop(request.session_hash)

@@ -44,6 +44,8 @@ WHAT_SMOLLM2_KNOWS = """
 is fluent, its facts are often wrong. Its hybrids lose the thread sooner, the 50% one within a few
 sentences. None remembers the question before.</p>
 """
+ENABLE = "() => ({{__type__: 'update', interactive: {}}})"
+LINE = 32  # questions that may wait for their turn, each in one of Gradio's 40 threads
 KNOWN = {POCKET_TEACHER: WHAT_POCKET_KNOWS, smollm2.TEACHER: WHAT_SMOLLM2_KNOWS}
 
 
@@ -187,24 +189,33 @@ def _shipped(teacher: str) -> list[str]:
 
 def _wire(left: Asking, right: Answering, teacher: str, device: str, seeing: bool) -> None:
     page = [right.alert, right.teacher, right.hybrid, right.verdict, right.figure]
-    models_are_one_at_a_time = dict(concurrency_id="models", concurrency_limit=1)
+    in_line = dict(concurrency_id="models", concurrency_limit=LINE)
     private = dict(api_visibility="private", show_progress="hidden")
+    asked = [left.ask.click, left.question.submit]
+
+    def answer(pictures, question, hybrid, max_new_tokens, request: gr.Request):
+        options = dict(teacher=teacher, device=device, who=request.session_hash)
+        yield from ask(pictures, question, hybrid, max_new_tokens, **options)
+
+    # The page itself greys the button: it takes no click that would be lost.
+    gr.on(asked, None, None, left.ask, js=ENABLE.format("false"), **private)
     asking = gr.on(
-        [left.ask.click, left.question.submit],
-        partial(ask, teacher=teacher, device=device),
+        asked,
+        answer,
         [left.pictures, left.question, right.chosen, left.max_new_tokens],
         page,
         api_name="ask",
         show_progress_on=right.caption,
-        **models_are_one_at_a_time,
+        **in_line,
     )
-    both = [right.teacher, right.hybrid]
-    left.stop.click(stop, both, both, cancels=[asking], queue=False, **private)
+    for ended in (asking.then, asking.failure):
+        ended(None, None, left.ask, js=ENABLE.format("true"), **private)
+    left.stop.click(stop, queue=False, **private)
     right.chosen.change(
         partial(choose_hybrid, teacher=teacher, device=device),
         [right.chosen, right.hybrid],
         page,
-        **models_are_one_at_a_time,
+        **in_line,
         **private,
     )
     left.pictures.upload(take_pictures, left.pictures, [left.pictures, right.alert], **private)
