@@ -93,34 +93,43 @@ class Products:
         return first | {"torch": torch_way} | named
 
     def torch_inward(self, layer: Layer) -> tuple[Tensor, ...]:
+        """Norm, products, activation."""
         x = layer.norm(self.h)
         *some, fed = (matrix(x) for matrix in layer.inward)
         return *some, F.gelu(fed, approximate="tanh")
 
     def torch_back(self, layer: Layer) -> Tensor:
+        """Products and sum."""
         return self.h + layer.out(self.mixed) + layer.down(self.wide)
 
     def torch_head(self, matrix: Matrix) -> Tensor:
+        """Logits of what is normalised."""
         return matrix(self.normed)
 
     def one_inward(self, layer: Layer) -> tuple[Tensor, ...]:
+        """The kernel of one row."""
         return triton_kernels.project(self.h, layer.norm, layer.inward, 5, "gelu_new")
 
     def one_back(self, layer: Layer) -> Tensor:
+        """The kernel of one row."""
         return triton_kernels.add(self.h, layer.out, self.mixed, layer.down, self.wide)
 
     def one_head(self, matrix: Matrix) -> Tensor:
+        """The kernel of one row, its norm included."""
         return triton_kernels.project(self.h, self.norm, (matrix,))[0]
 
     def inward(self, layer: Layer, stream: Stream = triton_rows.PROJECT) -> tuple[Tensor, ...]:
+        """The kernel of a few rows."""
         return triton_rows.project(self.normed, layer.inward, 5, "gelu_new", stream)
 
     def back(self, layer: Layer, stream: Stream = triton_rows.ADD) -> Tensor:
+        """Both kernels of a few rows."""
         return triton_rows.add(
             self.h, layer.out, self.mixed, layer.down, self.wide, norm=layer.norm, stream=stream
         )[0]
 
     def head(self, matrix: Matrix, stream: Stream = triton_rows.PROJECT) -> Tensor:
+        """The kernel of a few rows."""
         return triton_rows.project(self.normed, (matrix,), stream=stream)[0]
 
     def over(self, what: str) -> tuple[list, int]:
