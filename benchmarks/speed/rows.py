@@ -40,6 +40,7 @@ TILES = ((128, 64, 4, 4), (64, 128, 4, 3), (64, 64, 4, 6), (128, 128, 8, 3), (12
 INWARD_STREAMS = [Stream(*tile, ahead, 1) for ahead in (128, 0) for tile in TILES]
 BACK_TILES = ((64, 128, 4, 4), *TILES)
 BACK_STREAMS = [Stream(*tile, 128, programs) for programs in (200, 400, 130) for tile in BACK_TILES]
+TAKEN = {"inward": triton_rows.PROJECT, "back": triton_rows.ADD, "head": triton_rows.HEAD}
 
 
 @dataclass
@@ -80,7 +81,7 @@ class Products:
         self.normed = self.norm(self.h)
 
     def ways(self, what: str, streams: list[Stream]) -> dict:
-        """Name -> function of a layer, or of a matrix of words."""
+        """Name -> function of a layer, or of a matrix of words; torch's beside what is taken."""
         torch_way, one_way, way = {
             "inward": (self.torch_inward, self.one_inward, self.inward),
             "back": (self.torch_back, self.one_back, self.back),
@@ -88,9 +89,8 @@ class Products:
         }[what]
         if self.h.shape[0] == 1:
             return {"one row": one_way, "torch": torch_way}
-        named = {_name(stream): partial(way, stream=stream) for stream in streams}
-        first = dict(list(named.items())[:1])
-        return first | {"torch": torch_way} | named
+        ours = {_name(stream): partial(way, stream=stream) for stream in streams}
+        return ours | ({"torch": torch_way} if streams == [TAKEN[what]] else {})
 
     def torch_inward(self, layer: Layer) -> tuple[Tensor, ...]:
         """Norm, products, activation."""
@@ -128,7 +128,7 @@ class Products:
             self.h, layer.out, self.mixed, layer.down, self.wide, norm=layer.norm, stream=stream
         )[0]
 
-    def head(self, matrix: Matrix, stream: Stream = triton_rows.PROJECT) -> Tensor:
+    def head(self, matrix: Matrix, stream: Stream = triton_rows.HEAD) -> Tensor:
         """The kernel of a few rows."""
         return triton_rows.project(self.normed, (matrix,), stream=stream)[0]
 
@@ -143,8 +143,7 @@ def check(products: Products, notes: Notes) -> None:
     """Relative errors beside the same products in float32."""
     exact = _exactly(products)
     for what, expected in exact.items():
-        for name, way in products.ways(what, [triton_rows.ADD if what == "back" else
-                                              triton_rows.PROJECT]).items():  # fmt: skip
+        for name, way in products.ways(what, [TAKEN[what]]).items():
             found = way(products.over(what)[0][0])
             found = found if isinstance(found, tuple) else (found,)
             error = max(
@@ -298,21 +297,20 @@ def main() -> None:
 
 def measure(products: Products, notes: Notes) -> None:
     """16 rows: what the engine takes, then the other tiles; then fewer rows, the likeliest only."""
-    inward, back = [triton_rows.PROJECT, *INWARD_STREAMS], [triton_rows.ADD, *BACK_STREAMS]
+    others = {"inward": INWARD_STREAMS, "back": BACK_STREAMS, "head": INWARD_STREAMS}
     time_layer(products, notes)
     time_mixing(products, notes, 16)
-    for few in (1, 7):
-        time_products(products, notes, "inward", inward[:few])
-        time_products(products, notes, "back", back[:few])
-        time_products(products, notes, "head", inward[:few])
+    for part in (slice(0), slice(7)):
+        for what, stream in TAKEN.items():
+            time_products(products, notes, what, others[what][part] or [stream])
     for rows in (2, 8, 4, 1):
         products.take(rows)
         time_layer(products, notes)
-        for what, streams in (("inward", inward), ("back", back), ("head", inward)):
-            time_products(products, notes, what, streams[:1])
+        for what, stream in TAKEN.items():
+            time_products(products, notes, what, [stream])
     products.take(16)
-    time_products(products, notes, "back", back[7:])
-    time_products(products, notes, "inward", inward[7:])
+    for what in ("back", "inward"):
+        time_products(products, notes, what, others[what][7:])
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ class TritonOperations(Operations):
         if self.dense and h.shape[0] == 1:
             return self.kernels.project(h, decoder.norm, (decoder.head,))[0]
         if self._fits(h):
-            return self.rows.project(self._normalised(h, decoder.norm), (decoder.head,))[0]
+            normed = self._normalised(h, decoder.norm)
+            return self.rows.project(normed, (decoder.head,), stream=self.rows.HEAD)[0]
         return super().logits(decoder, h)
 
     def _normalised(self, h: Tensor, norm: Norm) -> Tensor:

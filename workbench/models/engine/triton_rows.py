@@ -38,6 +38,7 @@ class Stream(NamedTuple):
 # processors waits for another.
 PROJECT = Stream(128, 64, 4, 4, 128, 132)
 ADD = Stream(64, 128, 4, 4, 128, 200)
+HEAD = Stream(128, 64, 4, 3, 128, 132)  # of a vocabulary: less in shared memory, more at once
 JOIN_WARPS = 8
 
 
