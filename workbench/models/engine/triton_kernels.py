@@ -31,7 +31,8 @@ ACTIVATIONS = {"gelu_new": 1, "gelu_pytorch_tanh": 1, "silu": 2, "swish": 2}
 
 
 @triton.jit
-def _activated(y, KIND: tl.constexpr):
+def activated(y, KIND: tl.constexpr):
+    """Apply the activation of that number in ACTIVATIONS; 0: none."""
     if KIND == 1:
         t = 0.7978845608028654 * (y + 0.044715 * y * y * y)
         y = y * (1 - 1 / (tl.exp(2 * t) + 1))  # y (1 + tanh t) / 2
@@ -112,7 +113,7 @@ def _rows(
     y = _norm_dot(first, w, x, gamma, beta, eps, rows, inside, K, BK, CENTRED)
     if b is not None:
         y += tl.load(b + rows, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + rows, _activated(y, KIND), mask=inside)
+    tl.store(out + rows, activated(y, KIND), mask=inside)
 
 
 @triton.jit

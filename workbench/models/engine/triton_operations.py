@@ -2,7 +2,8 @@
 
 For one sequence, a layer is four kernels: projections with the norm before them, attention and the
 joining of its splits (or one kernel for all of Mamba-2), and the way back to the residual stream.
-Several sequences go through torch's matrix products, which then have enough to do.
+A few sequences take two kernels for the way back, the second of which has the next norm in it. More
+go through torch's matrix products, which then have enough to do.
 """
 
 import importlib.util
@@ -10,7 +11,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from workbench.models.engine.decoder import AttentionPart, Block, Decoder, MixerPart
+from workbench.models.engine.decoder import AttentionPart, Block, Decoder, MixerPart, Norm
 from workbench.models.engine.operations import Inward, Operations, feeding, matrices, normed_heads
 
 PROGRAMS_A_PROCESSOR = 4  # of the GPU, that attention is split into
@@ -26,7 +27,7 @@ class TritonOperations(Operations):
 
     Args:
         decoder: that will run.
-        dense: use the kernels for projections, too, when there is one sequence.
+        dense: use the kernels for projections, too, when there are few sequences.
     """
 
     def __init__(self, decoder: Decoder, dense: bool = True) -> None:
@@ -34,9 +35,15 @@ class TritonOperations(Operations):
         from workbench.mamba import triton_kernels as mixing
         from workbench.models.engine import triton_attention as attention
         from workbench.models.engine import triton_kernels as kernels
+        from workbench.models.engine import triton_rows as rows
 
-        self.mixing, self.attention, self.kernels = mixing, attention, kernels
+        self.mixing, self.attention, self.kernels, self.rows = mixing, attention, kernels, rows
         self.dense = dense
+        norms = [*(block.norm for block in decoder.blocks[1:]), decoder.norm]
+        self.next_norm = {
+            id(block): norm for block, norm in zip(decoder.blocks, norms, strict=True)
+        }
+        self.ahead: tuple[Tensor | None, Tensor | None] = None, None  # h, and it normalised
         device = decoder.embedding.device
         self.processors = (
             torch.cuda.get_device_properties(device).multi_processor_count
@@ -49,12 +56,15 @@ class TritonOperations(Operations):
 
     def enter(self, block: Block, h: Tensor) -> tuple[Tensor, Inward]:
         """See `Operations.enter`; the feed-forward's part comes activated."""
-        if not self._alone(block, h):
+        if not (self._alone(block, h) or self._few(block, h)):
             return super().enter(block, h)
         some, active = matrices(block), -1
         if block.second_norm is None:
             active = len(some) - len(feeding(block))
-        return h, self.kernels.project(h, block.norm, some, active, block.activation_name)
+        if self._alone(block, h):
+            return h, self.kernels.project(h, block.norm, some, active, block.activation_name)
+        normed = self._normalised(h, block.norm)
+        return normed, self.rows.project(normed, some, active, block.activation_name)
 
     def attend(
         self,
@@ -103,6 +113,8 @@ class TritonOperations(Operations):
         self, block: Block, h: Tensor, normed: Tensor, mixed: Tensor, inward: Inward
     ) -> Tensor:
         """See `Operations.leave`."""
+        if self._few(block, h):
+            return self._leave_few(block, h, mixed, inward)
         if not self._alone(block, h):
             return super().leave(block, h, normed, mixed, inward)
         add, n_fed = self.kernels.add, len(feeding(block))
@@ -110,14 +122,45 @@ class TritonOperations(Operations):
             return add(h, block.out, mixed, block.down, *inward[-n_fed:])
         h = add(h, block.out, mixed)
         fed = self.kernels.project(h, block.second_norm, feeding(block), 0, block.activation_name)
-        wide = fed[0] if n_fed == 1 else fed[0] * fed[1]
-        return add(h, block.down, wide)
+        return add(h, block.down, _folded(fed))
+
+    def _leave_few(self, block: Block, h: Tensor, mixed: Tensor, inward: Inward) -> Tensor:
+        add, norm = self.rows.add, self.next_norm[id(block)]
+        if block.second_norm is None:
+            fed = inward[-len(feeding(block)) :]
+            h, normed = add(h, block.out, mixed, block.down, *fed, norm=norm)
+        else:
+            h, read = add(h, block.out, mixed, norm=block.second_norm)
+            fed = self.rows.project(read, feeding(block), 0, block.activation_name)
+            h, normed = add(h, block.down, _folded(fed), norm=norm)
+        self.ahead = h, normed
+        return h
 
     def logits(self, decoder: Decoder, h: Tensor) -> Tensor:
         """See `Operations.logits`."""
-        if h.shape[0] > 1 or not self.dense:
-            return super().logits(decoder, h)
-        return self.kernels.project(h, decoder.norm, (decoder.head,))[0]
+        if self.dense and h.shape[0] == 1:
+            return self.kernels.project(h, decoder.norm, (decoder.head,))[0]
+        if self._fits(h):
+            normed = self._normalised(h, decoder.norm)
+            return self.rows.project(normed, (decoder.head,), stream=self.rows.HEAD)[0]
+        return super().logits(decoder, h)
+
+    def _normalised(self, h: Tensor, norm: Norm) -> Tensor:
+        """Normalise h, unless the layer before has."""
+        return self.ahead[1] if self.ahead[0] is h else self.rows.normalise(h, norm)
 
     def _alone(self, block: Block, h: Tensor) -> bool:
         return self.dense and h.shape[0] == 1 and block.activation_name in self.kernels.ACTIVATIONS
+
+    def _few(self, block: Block, h: Tensor) -> bool:
+        return self._fits(h) and block.activation_name in self.kernels.ACTIVATIONS
+
+    def _fits(self, h: Tensor) -> bool:
+        """Tell whether there are few rows; matrix units would round float32 to fewer bits."""
+        few = 1 < h.shape[0] <= self.rows.MOST_TOKENS
+        return self.dense and few and h.dtype != torch.float32
+
+
+def _folded(fed: tuple[Tensor, ...]) -> Tensor:
+    """Apply the gate of a feed-forward that is activated already."""
+    return fed[0] if len(fed) == 1 else fed[0] * fed[1]
