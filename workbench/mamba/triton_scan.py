@@ -15,6 +15,7 @@ from workbench.mamba.config import Mamba2Config
 from workbench.mamba.triton_prepare import prepare
 from workbench.mamba.triton_scan_kernels import scan_kernel, states_kernel
 
+SMALLEST = 16  # side of a tile that tensor cores take
 WIDEST = 128  # headdim and d_state: a state must fit into the registers of one program
 MOST_SEGMENTS = 64  # each reads the states of all before it
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -29,6 +30,7 @@ class Tiles(NamedTuple):
     state_chunk: int = 64  # the same three of the first kernel
     state_warps: int = 4
     state_stages: int = 3
+    split: bool = True  # a headdim such as 80 as two tiles, 64 + 16, instead of one of 128
     programs: int = 4  # for each processor of the GPU, at most; longer segments if there are more
 
 
@@ -79,24 +81,27 @@ def scan(
     decays = torch.empty(batch, n_heads, segments - 1, **high)
     final = torch.empty(batch, n_heads, headdim, d_state, **high)
     y = torch.empty(batch, seqlen, n_heads, headdim, dtype=x.dtype, device=x.device)
-    (P0, P1), (N0, N1) = _parts(headdim), _parts(d_state)
+    P0, P1 = _parts(headdim) if tiles.split else (_filled(headdim), SMALLEST)
     common = {
+        "x_row": x.stride(1), "x_head": x.stride(2), "B_row": B.stride(1), "B_head": B.stride(2),
+        "dt_row": dt.stride(1),
         "X_REPEATS": n_heads // x.shape[2], "B_REPEATS": n_heads // B.shape[2], "P": headdim,
-        "N": d_state, "P0": P0, "P1": P1, "N0": N0, "N1": N1, "IS_LOG": A_is_log,
+        "N": d_state, "P0": P0, "P1": P1, "N2": _filled(d_state), "IS_LOG": A_is_log,
         "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     if segments > 1:
         states_kernel[(n_heads, segments - 1, batch)](
-            x, B, dt, A, states, decays, seqlen, span, segments, *x.stride()[:3], *B.stride()[:3],
-            *dt.stride(), Q=tiles.state_chunk, num_warps=tiles.state_warps,
+            x, B, dt, A, states, decays, span, segments, x.stride(0), B.stride(0), dt.stride(0),
+            dt.stride(2), Q=tiles.state_chunk, num_warps=tiles.state_warps,
             num_stages=tiles.state_stages, **common,
         )  # fmt: skip
     scan_kernel[(n_heads, segments, batch)](
         x, B, C, dt, A, D, z, norm_weight, states, decays,
         None if initial_state is None else initial_state.contiguous(), final, y,
-        seqlen, span, segments, norm_eps, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
-        *dt.stride(), *((0, 0) if z is None else z.stride()[:2]),
-        C_REPEATS=n_heads // C.shape[2], Q=tiles.chunk, num_warps=tiles.warps,
+        seqlen, span, segments, norm_eps, x.stride(0), B.stride(0), C.stride(0), dt.stride(0),
+        dt.stride(2), 0 if z is None else z.stride(0),
+        C_row=C.stride(1), C_head=C.stride(2), z_row=0 if z is None else z.stride(1),
+        C_REPEATS=n_heads // C.shape[2], HEADS=n_heads, Q=tiles.chunk, num_warps=tiles.warps,
         num_stages=tiles.stages, **common,
     )  # fmt: skip
     return y, final
@@ -148,12 +153,16 @@ def default_tiles(headdim: int, d_state: int, dtype: torch.dtype) -> Tiles:
     return Tiles()
 
 
+def _filled(width: int) -> int:
+    return max(SMALLEST, triton.next_power_of_2(width))
+
+
 def _parts(width: int) -> tuple[int, int]:
-    """Cut a width into two tiles of powers of two, at least 16; the second is unused if in vain."""
-    whole = max(16, triton.next_power_of_2(width))
+    """Cut a width into two tiles, if they are less than one; the second is unused otherwise."""
+    whole = _filled(width)
     first = whole // 2
-    second = max(16, triton.next_power_of_2(width - first))
-    return (first, second) if first >= 16 and first + second < whole else (whole, 16)
+    second = _filled(width - first)
+    return (first, second) if first >= SMALLEST and first + second < whole else (whole, SMALLEST)
 
 
 def _segments(seqlen: int, n_pairs: int, tiles: Tiles, device: torch.device) -> tuple[int, int]:
