@@ -19,7 +19,7 @@ from workbench.mamba.config import Mamba2Config
 class Blocks(NamedTuple):
     """What one program of the kernel takes; any choice gives the same numbers."""
 
-    rows: int = 16
+    rows: int = 8
     channels: int = 256  # 32 lanes of 16 bytes each
     warps: int = 4
 
@@ -36,7 +36,8 @@ class Prepared(NamedTuple):
 
 @triton.jit
 def _inputs(
-    new, new_row, past, past_channel, past_tap, mask, first, rows, seqlen, at, channel, inside,
+    new, new_row: tl.constexpr, past, past_channel, past_tap, mask, first, rows, seqlen, at,
+    channel, inside,
     N_TAPS: tl.constexpr,
 ):  # fmt: skip
     """Load (rows, channels) of the convolution's input; rows count from `first`.
@@ -51,18 +52,20 @@ def _inputs(
         new + rows[:, None] * new_row + at[None, :],
         mask=there[:, None] & inside[None, :], other=0.0,
     )  # fmt: skip
-    if past is not None:
-        before = (row < 0) & (row > -N_TAPS)
-        t += tl.load(
-            past + (row[:, None] + N_TAPS - 1) * past_tap + channel[None, :] * past_channel,
-            mask=before[:, None] & inside[None, :], other=0.0,
-        ).to(t.dtype)  # fmt: skip
+    if past is not None:  # noqa: SIM102 - the outer one is decided when Triton compiles
+        if first < N_TAPS:
+            before = (row < 0) & (row > -N_TAPS)
+            t += tl.load(
+                past + (row[:, None] + N_TAPS - 1) * past_tap + channel[None, :] * past_channel,
+                mask=before[:, None] & inside[None, :], other=0.0,
+            ).to(t.dtype)  # fmt: skip
     return t
 
 
 @triton.jit
 def _convolved(
-    new, new_row, past, past_channel, past_tap, mask, first, rows, seqlen, at, channel, inside,
+    new, new_row: tl.constexpr, past, past_channel, past_tap, mask, first, rows, seqlen, at,
+    channel, inside,
     weight, bias, N_TAPS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Convolve (rows, channels) with their past, rounded as a module's output would be."""
@@ -81,8 +84,8 @@ def _convolved(
 
 @triton.jit
 def _channels(
-    new, new_row, out, past, past_channel, past_tap, future, mask, weight, bias, cos, sin,
-    rotary_row, block, before, seqlen, scale,
+    new, new_row: tl.constexpr, out, past, past_channel, past_tap, future, mask, weight, bias,
+    cos, sin, rotary_row: tl.constexpr, block, before, seqlen, scale,
     WIDTH: tl.constexpr, HEAD: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
     N_TAPS: tl.constexpr, SILU: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -133,8 +136,9 @@ def _channels(
 
 @triton.jit
 def _steps(
-    dt, dt_row, dt_bias, out, mask, seqlen, H: tl.constexpr, H2: tl.constexpr, L: tl.constexpr
-):
+    dt, dt_row: tl.constexpr, dt_bias, out, mask, seqlen, H: tl.constexpr, H2: tl.constexpr,
+    L: tl.constexpr,
+):  # fmt: skip
     """Write softplus(dt + bias), 0 where there is padding, as (heads, positions)."""
     row, head = tl.program_id(1).to(tl.int64) * L + tl.arange(0, L), tl.arange(0, H2)
     inside = (row < seqlen)[:, None] & (head < H)[None, :]
@@ -153,14 +157,17 @@ def _steps(
 
 
 @triton.jit(do_not_specialize=["seqlen"])
-def _prepare_kernel(
-    x, B, C, dt, x_batch, x_row, B_batch, B_row, C_batch, C_row, dt_batch, dt_row,
+def prepare_kernel(
+    x, B, C, dt, x_batch, B_batch, C_batch, dt_batch,
     weight, bias, dt_bias, past, past_batch, past_channel, past_tap, mask, cos, sin,
-    rotary_batch, rotary_row, x_out, B_out, C_out, dt_out, future, seqlen, scale,
+    rotary_batch, x_out, B_out, C_out, dt_out, future, seqlen, scale,
+    x_row: tl.constexpr, B_row: tl.constexpr, C_row: tl.constexpr, dt_row: tl.constexpr,
+    rotary_row: tl.constexpr,
     KV: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, H2: tl.constexpr,
     TURNED: tl.constexpr, INTERLEAVED: tl.constexpr, N_TAPS: tl.constexpr, SILU: tl.constexpr,
     L: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    """Prepare a block of channels of x, B or C, or all steps, over L positions of one row."""
     block, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     X_BLOCKS: tl.constexpr = (KV * P + BLOCK - 1) // BLOCK
     B_BLOCKS: tl.constexpr = (KV * N + BLOCK - 1) // BLOCK
@@ -247,14 +254,15 @@ def prepare(
     if mask is not None:
         mask = mask.contiguous().view(torch.uint8)
     grid = (sum(-(-w // blocks.channels) for w in widths) + 1, -(-seqlen // blocks.rows), batch)
-    _prepare_kernel[grid](
-        x, B, C, dt, x.stride(0), x.stride(1), B.stride(0), B.stride(1),
-        C.stride(0), C.stride(1), dt.stride(0), dt.stride(1), conv_weight, conv_bias, dt_bias,
+    prepare_kernel[grid](
+        x, B, C, dt, x.stride(0), B.stride(0), C.stride(0), dt.stride(0),
+        conv_weight, conv_bias, dt_bias,
         conv_state if has_past else None, *(conv_state.stride() if has_past else (0, 0, 0)),
-        mask, cos, sin, rotary_batch, rotary_row, *outs, steps, future, seqlen,
+        mask, cos, sin, rotary_batch, *outs, steps, future, seqlen,
         1.0 if config.scale is None else config.scale,
-        KV=config.n_kv_heads, H=config.n_heads, P=config.headdim, N=config.d_state,
-        H2=triton.next_power_of_2(config.n_heads), TURNED=turned,
+        x_row=x.stride(1), B_row=B.stride(1), C_row=C.stride(1), dt_row=dt.stride(1),
+        rotary_row=rotary_row, KV=config.n_kv_heads, H=config.n_heads, P=config.headdim,
+        N=config.d_state, H2=triton.next_power_of_2(config.n_heads), TURNED=turned,
         INTERLEAVED=config.rope_interleaved, N_TAPS=config.d_conv,
         SILU=config.conv_activation == "silu", L=blocks.rows, BLOCK=blocks.channels,
         # Lanes whose partners in a rotation stand next to each other, too.

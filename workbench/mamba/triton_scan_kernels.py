@@ -54,9 +54,7 @@ def _rate(A, head, IS_LOG: tl.constexpr):
 
 
 @triton.jit
-def _advanced(
-    S0, S1, x0, x1, B, weight, decay, TWO: tl.constexpr, PRECISION: tl.constexpr
-):
+def _advanced(S0, S1, x0, x1, B, weight, decay, TWO: tl.constexpr, PRECISION: tl.constexpr):
     """Carry a state over a chunk: decay it, and add B^T (weight x)."""
     x0 = (x0.to(tl.float32) * weight[:, None]).to(B.dtype)
     S0 = tl.dot(tl.trans(B), x0, S0 * decay, input_precision=PRECISION)
@@ -100,9 +98,7 @@ def _write(out, y, weight, scale, rows, row_stride: tl.constexpr, left, p, P: tl
     if weight is not None:
         w = tl.load(weight + p, mask=p < P, other=0.0).to(tl.float32)
         y = y * scale[:, None] * w[None, :]
-    tl.store(
-        out + rows[:, None] * row_stride + p[None, :], y, mask=(rows < left)[:, None] & inside
-    )
+    tl.store(out + rows[:, None] * row_stride + p[None, :], y, mask=(rows < left)[:, None] & inside)
 
 
 @triton.jit(do_not_specialize=["span", "segments"])
@@ -115,6 +111,7 @@ def states_kernel(
     P0: tl.constexpr, P1: tl.constexpr, N2: tl.constexpr, Q: tl.constexpr,
     IS_LOG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Write what one segment of one head adds to the state, and log2 of its decay."""
     head, segment, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start = segment.to(tl.int64) * span
     x += batch * x_batch + start * x_row + head // X_REPEATS * x_head
@@ -162,6 +159,7 @@ def scan_kernel(
     P: tl.constexpr, N: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, N2: tl.constexpr,
     Q: tl.constexpr, IS_LOG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Mix one segment of one head, finish it, and after the last one write the state."""
     head, segment, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start = segment.to(tl.int64) * span
     x += batch * x_batch + start * x_row + head // X_REPEATS * x_head
