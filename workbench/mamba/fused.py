@@ -32,6 +32,8 @@ def suits(mixer: Mamba2Mixer, x: Tensor, B: Tensor, C: Tensor) -> bool:
     """
     if not x.is_cuda or kernels.chosen() not in ("auto", "triton"):
         return False
+    if x.dtype == torch.float32 and kernels.chosen() == "auto":
+        return False  # who asks for float32 wants its digits more than the kernels' speed
     if torch.compiler.is_compiling() or "triton" in kernels.missing():
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *mixer.parameters())):

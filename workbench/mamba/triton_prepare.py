@@ -85,13 +85,12 @@ def _convolved(
 @triton.jit
 def _channels(
     new, new_row: tl.constexpr, out, past, past_channel, past_tap, future, mask, weight, bias,
-    cos, sin, rotary_row: tl.constexpr, block, before, seqlen, scale,
+    cos, sin, rotary_row: tl.constexpr, block, before, first, seqlen, scale,
     WIDTH: tl.constexpr, HEAD: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
     N_TAPS: tl.constexpr, SILU: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Prepare one block of x, B or C, whose first channel is the convolution's `before`."""
-    first = tl.program_id(1).to(tl.int64) * L
     rows = tl.arange(0, L)
     at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < WIDTH
@@ -136,11 +135,11 @@ def _channels(
 
 @triton.jit
 def _steps(
-    dt, dt_row: tl.constexpr, dt_bias, out, mask, seqlen, H: tl.constexpr, H2: tl.constexpr,
+    dt, dt_row: tl.constexpr, dt_bias, out, mask, first, seqlen, H: tl.constexpr, H2: tl.constexpr,
     L: tl.constexpr,
 ):  # fmt: skip
     """Write softplus(dt + bias), 0 where there is padding, as (heads, positions)."""
-    row, head = tl.program_id(1).to(tl.int64) * L + tl.arange(0, L), tl.arange(0, H2)
+    row, head = first + tl.arange(0, L), tl.arange(0, H2)
     inside = (row < seqlen)[:, None] & (head < H)[None, :]
     step = tl.load(dt + row[:, None] * dt_row + head[None, :], mask=inside, other=0.0)
     step = step.to(tl.float32)
@@ -168,10 +167,13 @@ def prepare_kernel(
     L: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Prepare a block of channels of x, B or C, or all steps, over L positions of one row."""
-    block, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     X_BLOCKS: tl.constexpr = (KV * P + BLOCK - 1) // BLOCK
     B_BLOCKS: tl.constexpr = (KV * N + BLOCK - 1) // BLOCK
     C_BLOCKS: tl.constexpr = (H * N + BLOCK - 1) // BLOCK
+    BLOCKS: tl.constexpr = X_BLOCKS + B_BLOCKS + C_BLOCKS + 1
+    # Programs of the same positions follow each other: they read the same pages of memory.
+    block, batch = tl.program_id(0) % BLOCKS, tl.program_id(1).to(tl.int64)
+    first = (tl.program_id(0) // BLOCKS).to(tl.int64) * L
     future += batch * (KV * P + KV * N + H * N) * (N_TAPS - 1)
     if past is not None:
         past += batch * past_batch
@@ -184,26 +186,26 @@ def prepare_kernel(
     if block < X_BLOCKS:
         _channels(
             x + batch * x_batch, x_row, x_out + batch * seqlen * (KV * P), past, past_channel,
-            past_tap, future, mask, weight, bias, cos, sin, rotary_row, block, 0, seqlen, 1.0,
-            KV * P, P, 0, INTERLEAVED, N_TAPS, SILU, L, BLOCK, ALIGNED,
+            past_tap, future, mask, weight, bias, cos, sin, rotary_row, block, 0, first,
+            seqlen, 1.0, KV * P, P, 0, INTERLEAVED, N_TAPS, SILU, L, BLOCK, ALIGNED,
         )  # fmt: skip
     elif block < X_BLOCKS + B_BLOCKS:
         _channels(
             B + batch * B_batch, B_row, B_out + batch * seqlen * (KV * N), past, past_channel,
             past_tap, future, mask, weight, bias, cos, sin, rotary_row, block - X_BLOCKS, KV * P,
-            seqlen, 1.0, KV * N, N, TURNED, INTERLEAVED, N_TAPS, SILU, L, BLOCK, ALIGNED,
+            first, seqlen, 1.0, KV * N, N, TURNED, INTERLEAVED, N_TAPS, SILU, L, BLOCK, ALIGNED,
         )  # fmt: skip
     elif block < X_BLOCKS + B_BLOCKS + C_BLOCKS:
         _channels(
             C + batch * C_batch, C_row, C_out + batch * seqlen * (H * N), past, past_channel,
             past_tap, future, mask, weight, bias, cos, sin, rotary_row,
-            block - X_BLOCKS - B_BLOCKS, KV * (P + N), seqlen, scale,
+            block - X_BLOCKS - B_BLOCKS, KV * (P + N), first, seqlen, scale,
             H * N, N, TURNED, INTERLEAVED, N_TAPS, SILU, L, BLOCK, ALIGNED,
         )  # fmt: skip
     else:
         _steps(
-            dt + batch * dt_batch, dt_row, dt_bias, dt_out + batch * seqlen * H, mask, seqlen,
-            H, H2, L,
+            dt + batch * dt_batch, dt_row, dt_bias, dt_out + batch * seqlen * H, mask, first,
+            seqlen, H, H2, L,
         )  # fmt: skip
 
 
@@ -253,8 +255,8 @@ def prepare(
     has_past = conv_state is not None and config.d_conv > 1
     if mask is not None:
         mask = mask.contiguous().view(torch.uint8)
-    grid = (sum(-(-w // blocks.channels) for w in widths) + 1, -(-seqlen // blocks.rows), batch)
-    prepare_kernel[grid](
+    n_blocks = sum(-(-w // blocks.channels) for w in widths) + 1
+    prepare_kernel[(n_blocks * -(-seqlen // blocks.rows), batch)](
         x, B, C, dt, x.stride(0), B.stride(0), C.stride(0), dt.stride(0),
         conv_weight, conv_bias, dt_bias,
         conv_state if has_past else None, *(conv_state.stride() if has_past else (0, 0, 0)),

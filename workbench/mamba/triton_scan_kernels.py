@@ -186,7 +186,7 @@ def scan_kernel(
         S0 = _state(initial, n, p0, N, P)
         if TWO:
             S1 = _state(initial, n, p1, N, P)
-    for before in tl.range(0, segment, loop_unroll_factor=1):  # to have several loads in flight
+    for before in tl.range(0, segment, loop_unroll_factor=4):  # to have several loads in flight
         slot = sequence * (segments - 1) + before
         decay = tl.exp2(tl.load(decays + slot))
         S0 = S0 * decay + _state(states + slot * P * N, n, p0, N, P)
