@@ -37,6 +37,48 @@ SHAPES = {  # batch, seqlen, n_heads, heads of x, heads of B, heads of C, headdi
 }
 
 
+@pytest.fixture(autouse=True)
+def bounds(monkeypatch):
+    """Interpreted, a load or store outside the tensors that a kernel was given is an error."""
+    if not INTERPRETED:
+        return
+    import numpy as np
+    from triton.runtime import interpreter
+
+    given = []  # first byte and end of the storage of each tensor
+
+    def prepared(self, *args):
+        on_host, named = prepare(self, *args)
+        tensors = [t for t in (*on_host, *named.values()) if isinstance(t, torch.Tensor)]
+        storages = [t.untyped_storage() for t in tensors]
+        given[:] = {(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages}
+        return on_host, named
+
+    def check(pointers, mask):
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        used = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
+        known = np.zeros(used.shape, bool)
+        for first, end in given:
+            known |= (used >= first) & (used + size <= end)
+        if not known.all():
+            raise IndexError(f"{(~known).sum()} of {known.size} addresses belong to no tensor")
+
+    def load(self, pointers, mask, *others):
+        check(pointers, mask)
+        return loads(self, pointers, mask, *others)
+
+    def store(self, pointers, value, mask, *others):
+        check(pointers, mask)
+        return stores(self, pointers, value, mask, *others)
+
+    prepare = interpreter.GridExecutor._init_args_hst
+    builder = interpreter.InterpreterBuilder
+    loads, stores = builder.create_masked_load, builder.create_masked_store
+    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", prepared)
+    monkeypatch.setattr(builder, "create_masked_load", load)
+    monkeypatch.setattr(builder, "create_masked_store", store)
+
+
 def error(found, expected):
     expected = expected.double()
     return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-12)).item()
@@ -86,6 +128,30 @@ def test_however_the_work_is_cut_the_numbers_are_the_same(tiles):
     y, state = scan(x, dt, A, B, C, initial_state=first, tiles=Tiles(stages=1, **tiles))
     assert error(y, expected) < TOLERANCE[torch.float32]
     assert error(state, final) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU does not tell")
+def test_an_address_outside_is_found():
+    from workbench.mamba.triton_scan import scan
+
+    x, dt, A, B, C, first = scan_inputs(*SHAPES["short"])
+    with pytest.raises(Exception, match="belong to no tensor"):
+        scan(x, dt, A, B, C[-1:, 1:].clone(), initial_state=first)  # C is too short
+
+
+@pytest.mark.parametrize("seqlen", [64, 500])
+@pytest.mark.parametrize("goes_on", [False, True], ids=["new", "goes on"])
+def test_inputs_that_end_where_their_memory_ends(seqlen, goes_on):
+    from workbench.mamba.triton_scan import Tiles, scan
+
+    *given, first = scan_inputs(1, seqlen, 2, 2, 2, 2, 80, 80)
+    x, B, C = torch.stack([given[0], *given[3:]]).to(SMALL)  # as the benchmark cuts them
+    first = first if goes_on else None
+    expected, final = ssd.ssd_chunked(*given, initial_state=first)
+    tiles = Tiles(programs=99)  # a segment for each chunk
+    y, state = scan(x, *given[1:3], B, C, initial_state=first, tiles=tiles)
+    assert error(y, expected) < TOLERANCE[SMALL]
+    assert error(state, final) < TOLERANCE[SMALL]
 
 
 def mixer(dtype=torch.float32, names=None, **options):
