@@ -4,12 +4,16 @@
 
 What is compared sees the same inputs in one run: scans with attention's own operation, and a whole
 mixer layer with an attention layer of the same projections. The file is written line by line: what
-is killed or runs out of time keeps what it has.
+is killed or runs out of time keeps what it has. First our kernels run one by one, so that one that
+breaks is known by its name. A kernel that reads or writes where it must not leaves its process
+without a GPU: the parts run in a process of their own, and another takes up the parts after that.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +39,13 @@ OPTIONS = {
     "mixer (paper)": {},
     "mixer (as attention)": {"rope": True, "bias": True, "scale": HEADDIM**-0.5},
 }
+ALONE = (  # name, changes to Tiles: simpler ones show what breaks the default
+    ("one segment", {"programs": 0}),
+    ("default", {}),
+    ("one tile a head", {"split": False}),
+    ("nothing in flight", {"stages": 1, "state_stages": 1}),
+    ("eight warps", {"warps": 8, "state_warps": 8}),
+)
 VARIANTS = (  # of Tiles, beside the default
     {"programs": 2},
     {"programs": 8},
@@ -52,8 +63,16 @@ class Results:
 
     def __init__(self, out: Path, seconds: float) -> None:
         self.out, self.end = out, time.monotonic() + seconds
-        self.found = {"device": torch.cuda.get_device_name(), "checks": [], "rows": []}
+        self.found = {"device": "", "begun": -1, "checks": [], "rows": []}
         out.parent.mkdir(parents=True, exist_ok=True)
+
+    def load(self) -> None:
+        """Take up what another process has written."""
+        self.found = json.loads(self.out.read_text())
+
+    def save(self) -> None:
+        """Write all that is known."""
+        self.out.write_text(json.dumps(self.found, indent=1) + "\n")
 
     def left(self) -> float:
         """Return the seconds that are left."""
@@ -63,7 +82,7 @@ class Results:
         """Write down one line, and show it."""
         self.found[kind].append(values)
         print(kind, *(f"{k}={_short(v)}" for k, v in values.items()), flush=True)
-        self.out.write_text(json.dumps(self.found, indent=1) + "\n")
+        self.save()
 
     def time(self, what: str, name: str, tokens: int, run: Callable, graph: bool = False) -> None:
         """Time one thing; if it fails, say why."""
@@ -74,8 +93,9 @@ class Results:
             if graph:
                 row["graph_ms"] = milliseconds(recorded(run))
         except Exception as error:  # a variant that does not compile must not end the run
-            row = {"note": f"{type(error).__name__}: {error}"[:200]}
-            torch.cuda.empty_cache()
+            self.add("rows", what=what, name=name, tokens=tokens, note=_note(error))
+            torch.cuda.empty_cache()  # raises if the GPU is lost
+            return
         self.add("rows", what=what, name=name, tokens=tokens, **row)
 
 
@@ -109,6 +129,68 @@ def inputs(length: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tens
     dt = torch.rand(1, length, N_HEADS, generator=generator, device="cuda") * 0.1
     A = -torch.rand(N_HEADS, generator=generator, device="cuda") * 4
     return x, dt, A, B, C / HEADDIM**0.5
+
+
+class Watched:
+    """A Triton kernel whose launches are waited for, and named."""
+
+    def __init__(self, kernel, results: Results, what: str) -> None:
+        self.kernel, self.results, self.what = kernel, results, what
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+        """Return what launches it, as Triton does."""
+
+        def launch(*args, **options):
+            name, start = self.kernel.__name__, time.monotonic()
+            print(f"{self.what}: {name} {grid}", end=" ", flush=True)
+            try:
+                self.kernel[grid](*args, **options)
+                torch.cuda.synchronize()
+            except Exception as error:
+                print("FAILED", flush=True)
+                self.results.add("checks", what=self.what, name=name, note=_note(error))
+                raise
+            print(f"ran, {time.monotonic() - start:.1f} s", flush=True)
+
+        return launch
+
+
+def run_scans_alone(results: Results, name: str, changes: dict) -> None:
+    """Launch the kernels of the scan, and wait for each."""
+    if "triton" not in kernels.available():
+        return
+    from workbench.mamba import triton_scan
+
+    for kernel in ("states_kernel", "scan_kernel"):
+        setattr(triton_scan, kernel, Watched(getattr(triton_scan, kernel), results, name))
+    try:
+        for length in (500, 4096):
+            given = inputs(length)
+            first = torch.randn(1, N_HEADS, HEADDIM, HEADDIM, device="cuda")
+            tiles = triton_scan.Tiles(**changes)
+            y, state = triton_scan.scan(*given, initial_state=first, tiles=tiles)
+            expected = ssd.ssd_chunked(*(t.float() for t in given), initial_state=first)
+            errors = dict(zip(("y", "state"), map(_error, (y, state), expected), strict=True))
+            results.add("checks", what="alone", name=name, tokens=length, **errors)
+    finally:
+        for kernel in ("states_kernel", "scan_kernel"):
+            setattr(triton_scan, kernel, getattr(triton_scan, kernel).kernel)
+
+
+def run_preparing_alone(results: Results) -> None:
+    """Launch the kernel that comes before the scan, and wait for it."""
+    if "triton" not in kernels.available():
+        return
+    from workbench.mamba import triton_prepare
+
+    kernel = triton_prepare.prepare_kernel
+    triton_prepare.prepare_kernel = Watched(kernel, results, "prepare")
+    try:
+        for length in (500, 4096):
+            for options in OPTIONS.values():
+                _preparing(length, options)()
+    finally:
+        triton_prepare.prepare_kernel = kernel
 
 
 def check_scans(results: Results) -> None:
@@ -199,20 +281,26 @@ def time_preparing(results: Results) -> None:
     """What comes before the scan, cut in several ways."""
     if "triton" not in kernels.available():
         return
-    from workbench.mamba.triton_prepare import Blocks, prepare
+    from workbench.mamba.triton_prepare import Blocks
 
-    layer = mixer(OPTIONS["mixer (as attention)"])
     for length in LENGTHS[:2]:
-        x, B, C = torch.randn(3, 1, length, D_MODEL, device="cuda", dtype=torch.bfloat16)
-        dt = torch.randn(1, length, N_HEADS, device="cuda", dtype=torch.bfloat16)
-        conv = layer.conv1d
-        run = partial(
-            prepare, x, B, C, dt, layer.config, conv.weight, conv.bias, layer.dt_bias,
-            rotary=angles(length),
-        )  # fmt: skip
+        run = _preparing(length, OPTIONS["mixer (as attention)"])
         for blocks in (Blocks(), Blocks(rows=16, warps=8), Blocks(rows=4), Blocks(channels=512)):
             name = f"rows={blocks.rows} channels={blocks.channels} warps={blocks.warps}"
             results.time("prepare", name, length, partial(run, blocks=blocks))
+
+
+def _preparing(length: int, options: dict) -> Callable:
+    from workbench.mamba.triton_prepare import prepare
+
+    layer = mixer(options)
+    x, B, C = torch.randn(3, 1, length, D_MODEL, device="cuda", dtype=torch.bfloat16)
+    dt = torch.randn(1, length, N_HEADS, device="cuda", dtype=torch.bfloat16)
+    conv = layer.conv1d
+    return partial(
+        prepare, x, B, C, dt, layer.config, conv.weight, conv.bias, layer.dt_bias,
+        rotary=angles(length),
+    )  # fmt: skip
 
 
 def mixer(options: dict, dtype: torch.dtype = torch.bfloat16) -> Mamba2Mixer:
@@ -271,29 +359,79 @@ def _short(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _note(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:200]
+
+
+PARTS = {
+    "alone: prepare": run_preparing_alone,
+    **{f"alone: {name}": partial(run_scans_alone, name=name, changes=c) for name, c in ALONE},
+    **{
+        part.__name__: part
+        for part in (
+            check_scans, check_mixers, time_layers, time_scans, time_variants, time_preparing,
+            time_other_scans,
+        )
+    },
+}  # fmt: skip
+
+
 @torch.no_grad()
-def main() -> None:
-    """Check, then time, until the time is up."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=80)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scan_gpu.json"))
-    asked = parser.parse_args()
-    results = Results(asked.out, asked.seconds)
+def run_parts(results: Results, first: int) -> None:
+    """Run the parts from one on, until the time is up or the GPU is lost to this process."""
+    results.load()
+    results.found["device"] = torch.cuda.get_device_name()
     print(results.found["device"], kernels.available(), kernels.missing(), flush=True)
-    parts = (
-        check_scans, check_mixers, time_layers, time_scans, time_variants, time_preparing,
-        time_other_scans,
-    )  # fmt: skip
-    for part in parts:
-        if results.left() < SPARE:
-            break
+    for number, (name, part) in enumerate(PARTS.items()):
+        if number < first or results.left() < SPARE:
+            continue
+        results.found["begun"] = number
+        results.save()
         start = time.monotonic()
         try:
             part(results)
+            torch.cuda.synchronize()
         except Exception as error:
-            note = f"{type(error).__name__}: {error}"[:300]
-            results.add("checks", what=part.__name__, note=note)
-        print(f"{part.__name__}: {time.monotonic() - start:.1f} s", flush=True)
+            results.add("checks", what=name, note=_note(error))
+            if _is_lost():
+                return
+        print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
+
+
+def _is_lost() -> bool:
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device="cuda").item()
+    except Exception:  # whatever it says, nothing will run here any more
+        return True
+    return False
+
+
+def main() -> None:
+    """Have processes check, then time, until the time is up."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=80)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scan_gpu.json"))
+    parser.add_argument("--first", type=int, help="run the parts from this one on, here")
+    asked = parser.parse_args()
+    results = Results(asked.out, asked.seconds)
+    if asked.first is not None:
+        run_parts(results, asked.first)
+        return
+    results.save()
+    first = 0
+    while first < len(PARTS) and results.left() > SPARE:
+        left = results.left()
+        command = [
+            sys.executable, "-m", "benchmarks.speed.scan", "--seconds", str(left),
+            "--out", str(asked.out), "--first", str(first),
+        ]  # fmt: skip
+        try:
+            subprocess.run(command, timeout=left + SPARE, check=False)
+        except subprocess.TimeoutExpired:
+            print("a part took too long", flush=True)
+        results.load()
+        first = max(first, results.found["begun"]) + 1
     print(table(results.found["rows"]))
 
 
