@@ -12,6 +12,10 @@ Hopper multiplies 64 rows at once or not at all. A state is (n, p) in registers,
 Strides over rows are constants, so that one address serves many rows. This module needs Triton;
 import it only where that is installed.
 
+Both tiles of a product are made before either is used, so that they do not follow each other in the
+same shared memory: ptxas 12.8, which Triton 3.6 brings, then takes a wide tile's address for that
+of a narrow one from a register that nothing has written, and Hopper reads outside of its memory.
+
 Source: arXiv 2405.21060, section 6; segments of several chunks are ours.
 """
 
@@ -57,9 +61,10 @@ def _rate(A, head, IS_LOG: tl.constexpr):
 def _advanced(S0, S1, x0, x1, B, weight, decay, TWO: tl.constexpr, PRECISION: tl.constexpr):
     """Carry a state over a chunk: decay it, and add B^T (weight x)."""
     x0 = (x0.to(tl.float32) * weight[:, None]).to(B.dtype)
-    S0 = tl.dot(tl.trans(B), x0, S0 * decay, input_precision=PRECISION)
     if TWO:
         x1 = (x1.to(tl.float32) * weight[:, None]).to(B.dtype)
+    S0 = tl.dot(tl.trans(B), x0, S0 * decay, input_precision=PRECISION)
+    if TWO:
         S1 = tl.dot(tl.trans(B), x1, S1 * decay, input_precision=PRECISION)
     return S0, S1
 
@@ -79,7 +84,7 @@ def _scores(C, B, rows, step, since_start, skip, PRECISION: tl.constexpr):
 @triton.jit
 def _from_state(C, S, from_start, PRECISION: tl.constexpr):
     """Compute (rows, p): what the state leaves of the past."""
-    return tl.dot(C, S.to(C.dtype), input_precision=PRECISION) * from_start[:, None]
+    return tl.dot(C, S, input_precision=PRECISION) * from_start[:, None]
 
 
 @triton.jit
@@ -101,7 +106,7 @@ def _write(out, y, weight, scale, rows, row_stride: tl.constexpr, left, p, P: tl
     tl.store(out + rows[:, None] * row_stride + p[None, :], y, mask=(rows < left)[:, None] & inside)
 
 
-@triton.jit(do_not_specialize=["span", "segments"])
+@triton.jit(do_not_specialize=["span", "segments", "dt_batch", "dt_head"])
 def states_kernel(
     x, B, dt, A, states, decays, span, segments,
     x_batch, B_batch, dt_batch, dt_head,
@@ -148,7 +153,7 @@ def states_kernel(
         _keep(states, S1, n, p1, N, P)
 
 
-@triton.jit(do_not_specialize=["seqlen", "span", "segments"])
+@triton.jit(do_not_specialize=["seqlen", "span", "segments", "dt_batch", "dt_head"])
 def scan_kernel(
     x, B, C, dt, A, D, z, norm_weight, states, decays, initial, final, out,
     seqlen, span, segments, eps,
@@ -204,10 +209,11 @@ def scan_kernel(
         total = tl.sum(step * rate, 0)
         from_start = tl.exp2(since_start)
         # The state first, so that its tiles are free before the scores take registers.
-        y0 = _from_state(c, S0, from_start, PRECISION)
+        before0, before1 = S0.to(c.dtype), S1.to(c.dtype)
+        y0 = _from_state(c, before0, from_start, PRECISION)
         y1 = y0
         if TWO:
-            y1 = _from_state(c, S1, from_start, PRECISION)
+            y1 = _from_state(c, before1, from_start, PRECISION)
         S0, S1 = _advanced(
             S0, S1, x0, x1, b, step * tl.exp2(total - since_start), tl.exp2(total), TWO, PRECISION
         )
