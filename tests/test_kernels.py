@@ -60,7 +60,7 @@ def no_gpu(monkeypatch):
 @pytest.mark.usefixtures("no_gpu")
 def test_what_is_missing_has_a_reason():
     assert kernels.available() == ("torch",)
-    assert kernels.missing() == dict.fromkeys(("mamba_ssm", "fla"), "there is no GPU")
+    assert kernels.missing() == dict.fromkeys(("mamba_ssm", "fla", "triton"), "there is no GPU")
     with pytest.raises(WorkbenchError, match="'fla' cannot run here: there is no GPU"):
         kernels.use("fla")
     with pytest.raises(WorkbenchError, match="no kernels called 'cobol'"):

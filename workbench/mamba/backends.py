@@ -1,4 +1,4 @@
-"""Kernels of other projects behind the signatures of `workbench.mamba.kernels`.
+"""Kernels, most of other projects, behind the signatures of `workbench.mamba.kernels`.
 
 Each function returns None where its kernel cannot do what is asked; the caller then takes plain
 torch. Nothing is imported before it is needed: none of these packages has to be there.
@@ -63,6 +63,23 @@ def ssd_fla(
         output_final_state=True,
     )  # fmt: skip
     return y, state.mT.contiguous()
+
+
+def ssd_triton(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, initial_state: Tensor | None
+) -> Scan:
+    """Run our own kernels, which keep no gradients."""
+    learns = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, dt, A, B, C, initial_state)
+    )
+    if learns or not _fits(x, dt, A, B, C):
+        return None
+    scan, can_scan = load("workbench.mamba.triton_scan", "scan", "can_scan")
+    if not can_scan(x.shape[3], B.shape[3], x.dtype):
+        return None
+    x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B, C))
+    with torch.cuda.device_of(x):
+        return scan(x, dt.float(), A, B, C, initial_state=initial_state)
 
 
 def step_mamba_ssm(

@@ -2,9 +2,11 @@
 
 Every implementation offers the same functions with the same signatures. "torch" runs anywhere and
 is the reference; "fla" and "mamba_ssm" run on a GPU where those packages are installed, and hand
-back to torch what they cannot do. "auto", the choice unless another is made, measures them once for
-each class of shapes, and remembers. `use` overrides it, for a block (`with use("torch"):`) or for
-good (`use("torch")`).
+back to torch what they cannot do. "triton" is ours: it keeps no gradients, and what needs some goes
+to the others. "auto", the choice unless another is made, measures them once for each class of
+shapes, and remembers; a mixer that needs no gradients it runs as a whole in Triton
+(`workbench.mamba.fused`). `use` overrides it, for a block (`with use("torch"):`) or for good
+(`use("torch")`).
 """
 
 import functools
@@ -24,8 +26,14 @@ from workbench.mamba import ssd as plain
 _PACKAGES = {  # what an implementation imports
     "mamba_ssm": ("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"),
     "fla": ("fla.ops.simple_gla", "chunk_simple_gla"),
+    "triton": ("workbench.mamba.triton_scan", "scan"),
 }
-_SCANS = {"mamba_ssm": backends.ssd_mamba_ssm, "fla": backends.ssd_fla}
+_SCANS = {
+    "mamba_ssm": backends.ssd_mamba_ssm,
+    "fla": backends.ssd_fla,
+    "triton": backends.ssd_triton,
+}
+_OLDEST_FOR_TRITON = (8, 0)  # compute capability: bfloat16 on tensor cores, copies that overlap
 _LONGEST_MEASURED_IN_TORCH = 4096  # beyond, plain torch may run out of memory
 _SHORTEST_MEASURED = 64  # below, launching is all there is, and compiling takes much longer
 _ROUNDS = 5
@@ -41,6 +49,9 @@ def missing() -> dict[str, str]:
     for name, (module, *functions) in _PACKAGES.items():
         if not torch.cuda.is_available():
             reasons[name] = "there is no GPU"
+            continue
+        if name == "triton" and torch.cuda.get_device_capability() < _OLDEST_FOR_TRITON:
+            reasons[name] = "the GPU is older than Ampere"
             continue
         try:
             backends.load(module, *functions)
@@ -62,6 +73,11 @@ def _has_conv() -> bool:
 def available() -> tuple[str, ...]:
     """Name the implementations that can run here, plain torch first."""
     return ("torch", *(name for name in _PACKAGES if name not in missing()))
+
+
+def chosen() -> str:
+    """Name the implementation in use, or "auto"."""
+    return _chosen
 
 
 class use:  # lower case, as it reads like a verb
@@ -111,7 +127,7 @@ def ssd(
     chunk_size counts in plain torch only: the kernels have chunks that suit a GPU.
     """
     name = _chosen
-    if name == "auto":
+    if name == "auto" or (name == "triton" and _learns(x, dt, A, B, C)):
         name = _choose(x, dt, A, B, C, initial_state) if x.is_cuda else "torch"
     return _scan(name, x, dt, A, B, C, chunk_size, initial_state)
 
@@ -201,10 +217,10 @@ def _choose(
     """
     if torch.compiler.is_compiling() or x.shape[1] < _SHORTEST_MEASURED:
         return "torch"
-    names = available()
+    learns = _learns(x, dt, A, B, C)
+    names = tuple(name for name in available() if not (learns and name == "triton"))
     if len(names) == 1:
         return names[0]
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C))
     length, width = (math.ceil(math.log2(max(n, 1))) for n in (x.shape[1], x.shape[0] * x.shape[2]))
     like = (x.device, x.dtype, x.shape[3], B.shape[3], length, width, learns)
     if like not in _fastest:
@@ -223,9 +239,11 @@ def _choose(
     return _fastest[like]
 
 
-def _time(
-    name: str, inputs: list[Tensor], initial_state: Tensor | None, learns: bool
-) -> float:
+def _learns(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _time(name: str, inputs: list[Tensor], initial_state: Tensor | None, learns: bool) -> float:
     """Return the seconds of one scan, its backward included if the caller learns."""
     seconds = []
     for _ in range(_ROUNDS + 1):  # the first compiles

@@ -9,6 +9,7 @@ Sources: arXiv 2405.21060, section 7 (the mixer); arXiv 2503.13440, section 3 (w
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
-from workbench.mamba import kernels
+from workbench.mamba import fused, kernels
 from workbench.mamba.config import Mamba2Config, ProjectionNames
+from workbench.mamba.parts import CausalConv1d, GatedRMSNorm, gated, normed, rotate
 
 
 class MixerState(NamedTuple):
@@ -25,35 +27,6 @@ class MixerState(NamedTuple):
 
     conv: Tensor  # (batch, channels of x + B + C, d_conv - 1), inputs of the convolution
     ssm: Tensor  # (batch, n_heads, headdim, d_state), float32
-
-
-class CausalConv1d(nn.Conv1d):
-    """Depthwise causal convolution, then SiLU or nothing; shaped as in mamba_ssm."""
-
-    def __init__(self, channels: int, d_conv: int, activation: str | None) -> None:
-        super().__init__(channels, channels, d_conv, groups=channels, padding=d_conv - 1)
-        self.activation = activation
-
-    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map (batch, seqlen, channels) to the same shape, and return the state after it."""
-        return kernels.causal_conv1d(
-            x, self.weight.squeeze(1), self.bias, activation=self.activation, state=state
-        )
-
-
-class GatedRMSNorm(nn.Module):
-    """norm(y * silu(z)), or norm(y) without z, over groups of channels, computed in float32."""
-
-    def __init__(self, width: int, group_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.group_size, self.eps = group_size, eps
-
-    def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
-        """Map y and z, both (batch, seqlen, width), to the same shape, at least float32."""
-        gated = _gated(y, z).unflatten(-1, (-1, self.group_size))
-        scale = torch.rsqrt(gated.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (gated * scale).flatten(-2) * self.weight.to(gated.dtype)
 
 
 class Mamba2Mixer(nn.Module):
@@ -201,9 +174,32 @@ class Mamba2Mixer(nn.Module):
         Returns:
             (batch, seqlen, d_model) and the state after the last position.
         """
-        config = self.config
-        xBC = torch.cat(self._project(hidden_states), dim=-1)
+        x, B, C = self._project(hidden_states)
         dt = F.linear(hidden_states, self.dt_weight)
+        z = self.z_proj(hidden_states) if self.config.gate else None
+        mix = partial(fused.mix, self) if fused.suits(self, x, B, C) else self.mix_in_parts
+        y, *after = mix(x, B, C, z, dt, mask=mask, rotary=rotary, state=state)
+        return getattr(self, self.names.out)(y), MixerState(*after)
+
+    def mix_in_parts(
+        self,
+        x: Tensor,
+        B: Tensor,
+        C: Tensor,
+        z: Tensor | None,
+        dt: Tensor,
+        *,
+        mask: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        state: MixerState | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Do what stands between the projections, one operation after the other.
+
+        Returns:
+            y (batch, seqlen, d_inner), and both parts of the state after it.
+        """
+        config = self.config
+        xBC = torch.cat([x, B, C], dim=-1)
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
         if mask is not None:
             # Before the convolution, so that padding reaches no real position, and after the
@@ -220,7 +216,7 @@ class Mamba2Mixer(nn.Module):
             )
         )
         if config.rope:
-            B, C = (_rotate(t, rotary, config.rope_interleaved) for t in (B, C))
+            B, C = (rotate(t, rotary, config.rope_interleaved) for t in (B, C))
         if config.scale is not None:
             C = C * config.scale
         # Grouped-query attention shares each key and value head: (kv p) -> (kv r p), head by head.
@@ -229,9 +225,8 @@ class Mamba2Mixer(nn.Module):
             x, B = (t.repeat_interleave(repeats, dim=2) for t in (x, B))
         y, ssm_state = self._scan(x, dt, B, C, state)
         y = (y + x * self.D[:, None]).flatten(2)
-        z = self.z_proj(hidden_states) if config.gate else None
-        y = self.norm(y, z) if config.norm else _gated(y, z)
-        return getattr(self, self.names.out)(y.to(x.dtype)), MixerState(conv_state, ssm_state)
+        y = self.norm(y, z) if config.norm else gated(y, z)
+        return y.to(x.dtype), conv_state, ssm_state
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         names, config = self.names, self.config
@@ -241,9 +236,9 @@ class Mamba2Mixer(nn.Module):
         else:
             C, B, x = (getattr(self, n)(hidden_states) for n in (names.C, names.B, names.x))
         if names.C_norm:
-            C = _normed(getattr(self, names.C_norm), C, config.d_state)
+            C = normed(getattr(self, names.C_norm), C, config.d_state)
         if names.B_norm:
-            B = _normed(getattr(self, names.B_norm), B, config.d_state)
+            B = normed(getattr(self, names.B_norm), B, config.d_state)
         return x, B, C
 
     def _scan(
@@ -274,32 +269,3 @@ def _new_projections(config: Mamba2Config) -> dict[str, nn.Module]:
     widths = {"q_proj": C, "k_proj": B, "v_proj": x}
     modules = {n: nn.Linear(config.d_model, w, bias=config.bias) for n, w in widths.items()}
     return modules | {"o_proj": nn.Linear(config.d_inner, config.d_model, bias=config.bias)}
-
-
-def _gated(y: Tensor, z: Tensor | None) -> Tensor:
-    """Return y * silu(z), or y without z, in at least float32."""
-    high = torch.promote_types(y.dtype, torch.float32)
-    return y.to(high) if z is None else y.to(high) * F.silu(z.to(high))
-
-
-def _normed(norm: nn.Module, t: Tensor, width: int) -> Tensor:
-    """Apply a query or key norm: over each head if its weight is one head wide, else over all."""
-    if norm.weight.shape[-1] != width:
-        return norm(t)
-    return norm(t.unflatten(-1, (-1, width))).flatten(-2)
-
-
-def _rotate(t: Tensor, rotary: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
-    """Rotate the first r channels of each head by position: (b, l, h, n), cos and sin (b, l, r)."""
-    if rotary is None:
-        raise WorkbenchError("This mixer was built with rope=True and needs the rotary embeddings.")
-    cos, sin = (r.unsqueeze(-2).to(t.dtype) for r in rotary)
-    turned, kept = t.tensor_split([cos.shape[-1]], dim=-1)
-    if interleaved:
-        first, second = turned.unflatten(-1, (-1, 2)).unbind(-1)
-        crosswise = torch.stack([-second, first], dim=-1).flatten(-2)
-    else:
-        first, second = turned.chunk(2, dim=-1)
-        crosswise = torch.cat([-second, first], dim=-1)
-    turned = turned * cos + crosswise * sin
-    return torch.cat([turned, kept], dim=-1)

@@ -1,0 +1,112 @@
+"""All of a mixer between its projections in three Triton kernels, where no gradients are needed.
+
+The same in parts is some forty kernels: at a thousand tokens a GPU waits for their launches, at
+many thousands for the memory that each writes and the next reads.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from workbench.mamba import kernels
+
+if TYPE_CHECKING:
+    from workbench.mamba.mixer import Mamba2Mixer, MixerState
+
+_refused: set[tuple] = set()  # what did not compile here
+
+
+def suits(mixer: Mamba2Mixer, x: Tensor, B: Tensor, C: Tensor) -> bool:
+    """Tell whether the kernels can mix what the projections say, and are wanted.
+
+    Args:
+        mixer: that asks.
+        x: (batch, seqlen, channels of x).
+        B: (batch, seqlen, channels of B).
+        C: (batch, seqlen, channels of C).
+    """
+    if not x.is_cuda or kernels.chosen() not in ("auto", "triton"):
+        return False
+    if x.dtype == torch.float32 and kernels.chosen() == "auto":
+        return False  # who asks for float32 wants its digits more than the kernels' speed
+    if torch.compiler.is_compiling() or "triton" in kernels.missing():
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *mixer.parameters())):
+        return False
+    return fits(mixer, x, B, C) and _like(mixer, x) not in _refused
+
+
+def fits(mixer: Mamba2Mixer, x: Tensor, B: Tensor, C: Tensor) -> bool:
+    """Tell whether the kernels have tiles for these sizes; Triton must be installed."""
+    config = mixer.config
+    return (
+        x.shape[1] > 1
+        and x.dtype == B.dtype == C.dtype
+        and all(t.stride(-1) == 1 for t in (x, B, C))
+        and _kernels().can_scan(config.headdim, config.d_state, x.dtype)
+    )
+
+
+def mix(
+    mixer: Mamba2Mixer,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    z: Tensor | None,
+    dt: Tensor,
+    *,
+    mask: Tensor | None,
+    rotary: tuple[Tensor, Tensor] | None,
+    state: MixerState | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `mixer.mix_in_parts` does; with "auto", leave it to that if a kernel fails."""
+    given = (x, B, C, z, dt)
+    if mixer.config.rope and rotary is None:
+        return mixer.mix_in_parts(*given, mask=mask, rotary=rotary, state=state)  # says so
+    try:
+        return _mix(mixer, *given, mask, rotary, state)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # compilers fail in many ways
+        if kernels.chosen() == "triton":
+            raise
+        _refused.add(_like(mixer, x))
+        return mixer.mix_in_parts(*given, mask=mask, rotary=rotary, state=state)
+
+
+def _mix(
+    mixer: Mamba2Mixer,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    z: Tensor | None,
+    dt: Tensor,
+    mask: Tensor | None,
+    rotary: tuple[Tensor, Tensor] | None,
+    state: MixerState | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    config, conv1d = mixer.config, mixer.conv1d
+    conv_state, ssm_state = (None, None) if state is None else state
+    by_head = config.norm and config.group_size == config.headdim
+    with torch.no_grad(), torch.cuda.device_of(x):
+        y, conv_state, ssm_state = _kernels().mix(
+            x, B, C, z, dt, config, conv1d.weight, conv1d.bias,
+            mixer.A_log, mixer.dt_bias, mixer.D, mixer.norm.weight if by_head else None,
+            mask=mask, rotary=rotary, conv_state=conv_state, ssm_state=ssm_state,
+        )  # fmt: skip
+        if config.norm and not by_head:  # no program has the whole of a wider group
+            y = mixer.norm(y, None).to(x.dtype)
+    return y, conv_state, ssm_state
+
+
+def _kernels() -> ModuleType:
+    return importlib.import_module("workbench.mamba.triton_scan")
+
+
+def _like(mixer: Mamba2Mixer, x: Tensor) -> tuple:
+    return x.device, x.dtype, mixer.config
