@@ -32,7 +32,8 @@ def test_no_register_is_read_before_it_is_written(in_mixer):
     command = [sys.executable, __file__, str(in_mixer)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "states_kernel" in done.stdout and "scan_kernel" in done.stdout
+    assert "states_kernel" in done.stdout
+    assert "scan_kernel" in done.stdout
     assert "unwritten" not in done.stdout, done.stdout
 
 
