@@ -37,6 +37,13 @@ def test_no_register_is_read_before_it_is_written(in_mixer):
     assert "unwritten" not in done.stdout, done.stdout
 
 
+def described(operands):
+    """Name registers with the addresses of a product: of both tiles, or if it is third, of one."""
+    for place, operand in enumerate(operands):
+        if found := re.match(r"gdesc\[UR(\d+)\]", operand):
+            yield from (f"UR{int(found[1]) + k}" for k in range(2 if place == 2 else 0, 4))
+
+
 def unwritten(code):
     """Name registers that instructions read though none above them has written any."""
     known = {"RZ", "URZ", "R1"}
@@ -52,10 +59,12 @@ def unwritten(code):
             operands.pop(0)
         target = None if stores else re.match(r"(U?R)(\d+)$", operands[0])
         read = operands[1:] if target else operands
-        if not op.startswith(IGNORED):
-            for name in re.findall(r"\bU?R\d+\b", " ".join(read)):
-                if name not in known:
-                    yield f"{name} in {found[0].strip()}"
+        names = () if op.startswith(IGNORED) else re.findall(r"\bU?R\d+\b", " ".join(read))
+        if op.startswith("HGMMA"):
+            names = described(operands)
+        for name in names:
+            if name not in known:
+                yield f"{name} in {found[0].strip()}"
         if target:
             n = max([WIDTHS[w] for w in WIDTHS if w in op.split(".")] or [1])
             if op.startswith("HGMMA"):

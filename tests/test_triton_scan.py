@@ -15,6 +15,7 @@ from workbench.errors import WorkbenchError
 from workbench.mamba import backends, fused, kernels, ssd
 from workbench.mamba.config import Mamba2Config, ProjectionNames
 from workbench.mamba.mixer import Mamba2Mixer
+from workbench.mamba.parts import Projected
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -243,7 +244,7 @@ def test_a_kernel_that_fails_is_asked_once(monkeypatch):
     monkeypatch.setattr(fused, "_refused", set())
     monkeypatch.setattr(fused, "suits", fused.fits)
 
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("does not compile")
 
     monkeypatch.setattr(fused, "_mix", broken)
@@ -264,10 +265,10 @@ def test_what_needs_gradients_is_left_to_others():
     mix, hidden = mixer(), torch.randn(2, 19, 24, device=DEVICE)
     projected = mix._project(hidden)
     with kernels.use("triton"):
-        assert not fused.suits(mix, *projected)
+        assert not fused.suits(mix, projected)
         assert mix(hidden)[0].requires_grad
         with torch.no_grad():
-            assert fused.suits(mix, *projected)
-            assert not fused.suits(mix, *(t[:, :1] for t in projected))
+            assert fused.suits(mix, projected)
+            assert not fused.suits(mix, Projected(*(t[:, :1] for t in projected)))
     with kernels.use("torch"), torch.no_grad():
-        assert not fused.suits(mix, *projected)
+        assert not fused.suits(mix, projected)

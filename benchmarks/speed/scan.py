@@ -21,24 +21,26 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from benchmarks.speed.check_gpu import Notes
+from benchmarks.speed.layers import (
+    D_MODEL,
+    HEADDIM,
+    N_HEADS,
+    OPTIONS,
+    angles,
+    attention_layer,
+    inputs,
+    mixer,
+)
 from workbench.mamba import kernels, ssd
-from workbench.mamba.config import Mamba2Config
-from workbench.mamba.mixer import Mamba2Mixer
-from workbench.mamba.parts import rotate
+from workbench.steps.efficiency.machine import about
 
-N_HEADS, HEADDIM, ROTATED = 32, 80, 32
-D_MODEL = N_HEADS * HEADDIM
 LENGTHS = (65536, 1024, 4096, 16384)  # the most telling ones first
 LONGEST_IN_TORCH = 4096
 OURS = ("triton", "torch")  # implementations that need no other package
 ROUNDS, WARM_UP = 7, 3
 SPARE = 4  # seconds for what comes last
-OPTIONS = {
-    "mixer (paper)": {},
-    "mixer (as attention)": {"rope": True, "bias": True, "scale": HEADDIM**-0.5},
-}
 ALONE = (  # name, changes to Tiles: simpler ones show what breaks the default
     ("one segment", {"programs": 0}),
     ("default", {}),
@@ -58,31 +60,12 @@ VARIANTS = (  # of Tiles, beside the default
 )
 
 
-class Results:
-    """What is known so far, on disk after each line, until the time is up."""
-
-    def __init__(self, out: Path, seconds: float) -> None:
-        self.out, self.end = out, time.monotonic() + seconds
-        self.found = {"device": "", "begun": -1, "checks": [], "rows": []}
-        out.parent.mkdir(parents=True, exist_ok=True)
+class Results(Notes):
+    """What is known so far, shared by the processes that take turns."""
 
     def load(self) -> None:
         """Take up what another process has written."""
-        self.found = json.loads(self.out.read_text())
-
-    def save(self) -> None:
-        """Write all that is known."""
-        self.out.write_text(json.dumps(self.found, indent=1) + "\n")
-
-    def left(self) -> float:
-        """Return the seconds that are left."""
-        return self.end - time.monotonic()
-
-    def add(self, kind: str, **values) -> None:
-        """Write down one line, and show it."""
-        self.found[kind].append(values)
-        print(kind, *(f"{k}={_short(v)}" for k, v in values.items()), flush=True)
-        self.save()
+        self.found = json.loads(self.out.with_suffix(".json").read_text())
 
     def time(self, what: str, name: str, tokens: int, run: Callable, graph: bool = False) -> None:
         """Time one thing; if it fails, say why."""
@@ -119,16 +102,6 @@ def recorded(run: Callable) -> Callable:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
-
-
-def inputs(length: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
-    """Draw x, dt, A, B and C, of the size that a mixer's are."""
-    generator = torch.Generator("cuda").manual_seed(length)
-    draw = partial(torch.randn, generator=generator, device="cuda")
-    x, B, C = draw(3, 1, length, N_HEADS, HEADDIM).to(dtype)
-    dt = torch.rand(1, length, N_HEADS, generator=generator, device="cuda") * 0.1
-    A = -torch.rand(N_HEADS, generator=generator, device="cuda") * 4
-    return x, dt, A, B, C / HEADDIM**0.5
 
 
 class Watched:
@@ -303,36 +276,6 @@ def _preparing(length: int, options: dict) -> Callable:
     )  # fmt: skip
 
 
-def mixer(options: dict, dtype: torch.dtype = torch.bfloat16) -> Mamba2Mixer:
-    """Build a mixer of Phi-2's size, the same weights each time."""
-    torch.manual_seed(0)
-    sizes = {"d_model": D_MODEL, "n_heads": N_HEADS, "n_kv_heads": N_HEADS}
-    config = Mamba2Config(**sizes, headdim=HEADDIM, d_state=HEADDIM, **options)
-    return Mamba2Mixer(config).to("cuda", dtype)
-
-
-def attention_layer() -> Callable:
-    """Build attention with the same projections, as Phi-2 has it."""
-    q, k, v, out = (nn.Linear(D_MODEL, D_MODEL).to("cuda", torch.bfloat16) for _ in range(4))
-
-    def forward(hidden, turns):
-        queries, keys, values = (p(hidden).unflatten(-1, (N_HEADS, HEADDIM)) for p in (q, k, v))
-        queries, keys = (rotate(t, turns, False) for t in (queries, keys))
-        heads = (t.transpose(1, 2) for t in (queries, keys, values))
-        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
-        return out(mixed.transpose(1, 2).flatten(2))
-
-    return forward
-
-
-def angles(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin by position, as Phi-2 rotates."""
-    rates = 10000 ** (-torch.arange(0, ROTATED, 2, device="cuda") / ROTATED)
-    angle = torch.arange(length, device="cuda")[:, None] * rates
-    angle = torch.cat([angle, angle], -1)[None]
-    return angle.cos().bfloat16(), angle.sin().bfloat16()
-
-
 def table(rows: list[dict]) -> str:
     """Lay out milliseconds, a line for each thing and a column for each length."""
     lengths = sorted({row["tokens"] for row in rows})
@@ -353,10 +296,6 @@ def _cell(row: dict) -> str:
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.float() - expected).norm() / expected.norm()).item()
-
-
-def _short(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _note(error: Exception) -> str:
@@ -380,13 +319,12 @@ PARTS = {
 def run_parts(results: Results, first: int) -> None:
     """Run the parts from one on, until the time is up or the GPU is lost to this process."""
     results.load()
-    results.found["device"] = torch.cuda.get_device_name()
-    print(results.found["device"], kernels.available(), kernels.missing(), flush=True)
+    print(torch.cuda.get_device_name(), kernels.available(), kernels.missing(), flush=True)
     for number, (name, part) in enumerate(PARTS.items()):
         if number < first or results.left() < SPARE:
             continue
         results.found["begun"] = number
-        results.save()
+        results.write()
         start = time.monotonic()
         try:
             part(results)
@@ -418,7 +356,8 @@ def main() -> None:
     if asked.first is not None:
         run_parts(results, asked.first)
         return
-    results.save()
+    results.found |= {"about": about(torch.device("cuda")), "begun": -1}
+    results.write()
     first = 0
     while first < len(PARTS) and results.left() > SPARE:
         left = results.left()

@@ -7,6 +7,7 @@ many thousands for the memory that each writes and the next reads.
 from __future__ import annotations
 
 import importlib
+import logging
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -14,22 +15,18 @@ import torch
 from torch import Tensor
 
 from workbench.mamba import kernels
+from workbench.mamba.parts import Projected
 
 if TYPE_CHECKING:
     from workbench.mamba.mixer import Mamba2Mixer, MixerState
 
+log = logging.getLogger(__name__)
 _refused: set[tuple] = set()  # what did not compile here
 
 
-def suits(mixer: Mamba2Mixer, x: Tensor, B: Tensor, C: Tensor) -> bool:
-    """Tell whether the kernels can mix what the projections say, and are wanted.
-
-    Args:
-        mixer: that asks.
-        x: (batch, seqlen, channels of x).
-        B: (batch, seqlen, channels of B).
-        C: (batch, seqlen, channels of C).
-    """
+def suits(mixer: Mamba2Mixer, said: Projected) -> bool:
+    """Tell whether the kernels can mix what the projections say, and are wanted."""
+    x = said.x
     if not x.is_cuda or kernels.chosen() not in ("auto", "triton"):
         return False
     if x.dtype == torch.float32 and kernels.chosen() == "auto":
@@ -38,12 +35,12 @@ def suits(mixer: Mamba2Mixer, x: Tensor, B: Tensor, C: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *mixer.parameters())):
         return False
-    return fits(mixer, x, B, C) and _like(mixer, x) not in _refused
+    return fits(mixer, said) and _like(mixer, x) not in _refused
 
 
-def fits(mixer: Mamba2Mixer, x: Tensor, B: Tensor, C: Tensor) -> bool:
+def fits(mixer: Mamba2Mixer, said: Projected) -> bool:
     """Tell whether the kernels have tiles for these sizes; Triton must be installed."""
-    config = mixer.config
+    config, (x, B, C, *_) = mixer.config, said
     return (
         x.shape[1] > 1
         and x.dtype == B.dtype == C.dtype
@@ -54,38 +51,31 @@ def fits(mixer: Mamba2Mixer, x: Tensor, B: Tensor, C: Tensor) -> bool:
 
 def mix(
     mixer: Mamba2Mixer,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    z: Tensor | None,
-    dt: Tensor,
+    said: Projected,
     *,
     mask: Tensor | None,
     rotary: tuple[Tensor, Tensor] | None,
     state: MixerState | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do what `mixer.mix_in_parts` does; with "auto", leave it to that if a kernel fails."""
-    given = (x, B, C, z, dt)
+    past = {"mask": mask, "rotary": rotary, "state": state}
     if mixer.config.rope and rotary is None:
-        return mixer.mix_in_parts(*given, mask=mask, rotary=rotary, state=state)  # says so
+        return mixer.mix_in_parts(said, **past)  # says so
     try:
-        return _mix(mixer, *given, mask, rotary, state)
+        return _mix(mixer, said, **past)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # compilers fail in many ways
+    except Exception as error:  # compilers fail in many ways
         if kernels.chosen() == "triton":
             raise
-        _refused.add(_like(mixer, x))
-        return mixer.mix_in_parts(*given, mask=mask, rotary=rotary, state=state)
+        log.warning("Plain torch mixes from now on: a Triton kernel failed (%s)", error)
+        _refused.add(_like(mixer, said.x))
+        return mixer.mix_in_parts(said, **past)
 
 
 def _mix(
     mixer: Mamba2Mixer,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    z: Tensor | None,
-    dt: Tensor,
+    said: Projected,
     mask: Tensor | None,
     rotary: tuple[Tensor, Tensor] | None,
     state: MixerState | None,
@@ -93,14 +83,14 @@ def _mix(
     config, conv1d = mixer.config, mixer.conv1d
     conv_state, ssm_state = (None, None) if state is None else state
     by_head = config.norm and config.group_size == config.headdim
-    with torch.no_grad(), torch.cuda.device_of(x):
+    with torch.no_grad(), torch.cuda.device_of(said.x):
         y, conv_state, ssm_state = _kernels().mix(
-            x, B, C, z, dt, config, conv1d.weight, conv1d.bias,
+            *said, config, conv1d.weight, conv1d.bias,
             mixer.A_log, mixer.dt_bias, mixer.D, mixer.norm.weight if by_head else None,
             mask=mask, rotary=rotary, conv_state=conv_state, ssm_state=ssm_state,
         )  # fmt: skip
         if config.norm and not by_head:  # no program has the whole of a wider group
-            y = mixer.norm(y, None).to(x.dtype)
+            y = mixer.norm(y, None).to(said.x.dtype)
     return y, conv_state, ssm_state
 
 

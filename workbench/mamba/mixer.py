@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from workbench.errors import WorkbenchError
 from workbench.mamba import fused, kernels
 from workbench.mamba.config import Mamba2Config, ProjectionNames
-from workbench.mamba.parts import CausalConv1d, GatedRMSNorm, gated, normed, rotate
+from workbench.mamba.parts import CausalConv1d, GatedRMSNorm, Projected, gated, normed, rotate
 
 
 class MixerState(NamedTuple):
@@ -174,20 +174,14 @@ class Mamba2Mixer(nn.Module):
         Returns:
             (batch, seqlen, d_model) and the state after the last position.
         """
-        x, B, C = self._project(hidden_states)
-        dt = F.linear(hidden_states, self.dt_weight)
-        z = self.z_proj(hidden_states) if self.config.gate else None
-        mix = partial(fused.mix, self) if fused.suits(self, x, B, C) else self.mix_in_parts
-        y, *after = mix(x, B, C, z, dt, mask=mask, rotary=rotary, state=state)
+        said = self._project(hidden_states)
+        mix = partial(fused.mix, self) if fused.suits(self, said) else self.mix_in_parts
+        y, *after = mix(said, mask=mask, rotary=rotary, state=state)
         return getattr(self, self.names.out)(y), MixerState(*after)
 
     def mix_in_parts(
         self,
-        x: Tensor,
-        B: Tensor,
-        C: Tensor,
-        z: Tensor | None,
-        dt: Tensor,
+        said: Projected,
         *,
         mask: Tensor | None,
         rotary: tuple[Tensor, Tensor] | None,
@@ -198,7 +192,7 @@ class Mamba2Mixer(nn.Module):
         Returns:
             y (batch, seqlen, d_inner), and both parts of the state after it.
         """
-        config = self.config
+        config, (x, B, C, z, dt) = self.config, said
         xBC = torch.cat([x, B, C], dim=-1)
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
         if mask is not None:
@@ -228,7 +222,7 @@ class Mamba2Mixer(nn.Module):
         y = self.norm(y, z) if config.norm else gated(y, z)
         return y.to(x.dtype), conv_state, ssm_state
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, hidden_states: Tensor) -> Projected:
         names, config = self.names, self.config
         if names.fused:
             widths = config.widths[::-1]
@@ -239,7 +233,8 @@ class Mamba2Mixer(nn.Module):
             C = normed(getattr(self, names.C_norm), C, config.d_state)
         if names.B_norm:
             B = normed(getattr(self, names.B_norm), B, config.d_state)
-        return x, B, C
+        z = self.z_proj(hidden_states) if config.gate else None
+        return Projected(x, B, C, z, F.linear(hidden_states, self.dt_weight))
 
     def _scan(
         self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: MixerState | None

@@ -1,11 +1,23 @@
 """Parts of a mixer: its convolution, its norm, and the rotation by position."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
 from workbench.mamba import kernels
+
+
+class Projected(NamedTuple):
+    """What a mixer's projections say of a sequence; widths are those of `Mamba2Config`."""
+
+    x: Tensor  # (batch, seqlen, n_kv_heads * headdim)
+    B: Tensor  # (batch, seqlen, n_kv_heads * d_state)
+    C: Tensor  # (batch, seqlen, n_heads * d_state)
+    z: Tensor | None  # (batch, seqlen, d_inner), or no gate
+    dt: Tensor  # (batch, seqlen, n_heads), before its bias and softplus
 
 
 class CausalConv1d(nn.Conv1d):

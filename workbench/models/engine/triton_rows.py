@@ -34,7 +34,7 @@ class Stream(NamedTuple):
     programs: int  # rather smaller parts than fewer programs
 
 
-# The fastest of eleven each at 16 rows on an H100, by `benchmarks/speed/rows.py`.
+# The fastest tried at 16 rows on an H100: `benchmarks/results/rows_h100.json`.
 PROJECT = Stream(64, 128, 4, 5, 128, 1)
 ADD = Stream(64, 128, 4, 4, 128, 200)
 HEAD = Stream(128, 128, 8, 3, 128, 1)
