@@ -113,8 +113,12 @@ class Objective(nn.Module):
             if stage.reads_logits:
                 with self._tower.replayed(stage.trains != "all+vision"):
                     ours = self.student.base_model(**inputs, use_cache=False).last_hidden_state
-                value, parts = self._token_losses(ours, theirs, where, per_token)
-                total = total + value
+                if stage.hidden_weight:
+                    apart = self._apart_at_the_end(ours, theirs, where.real, per_token[1])
+                    total = total + stage.hidden_weight * apart
+                if stage.kl_weight or stage.ce_weight:
+                    value, parts = self._token_losses(ours, theirs, where, per_token)
+                    total = total + value
         record = torch.cat((torch.stack((total, layers.mean(), *parts)), layers))
         return total, record.detach()
 
@@ -158,6 +162,17 @@ class Objective(nn.Module):
             (t.square().sum(-1) * weight).sum() for t in (got - wanted, wanted - given)
         )
         return error / added * weight.sum() * per_token
+
+    def _apart_at_the_end(
+        self, ours: Tensor, theirs: Tensor, real: Tensor | None, per_token: Tensor
+    ) -> Tensor:
+        """How far the final hidden states are from the teacher's, as a share of the teacher's."""
+        ours, theirs = ours.float(), theirs.float()
+        weight = torch.ones_like(theirs[..., 0])
+        if real is not None:
+            weight = real.to(ours.device, torch.float32, non_blocking=True)
+        error, size = ((t.square().sum(-1) * weight).sum() for t in (ours - theirs, theirs))
+        return error / size * weight.sum() * per_token
 
     def _token_losses(
         self, ours: Tensor, theirs: Tensor, where: Places, per_token: Tensor
