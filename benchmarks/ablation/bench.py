@@ -125,6 +125,7 @@ class Bench:
         run = wb.distill(
             student, self.teacher, self.data.training(job.seed, job.row.batch or self.args.batch),
             recipe=stages, seed=job.seed, compile_layers=self.args.compile,
+            graph_layers=self.args.graph,
             log_every=max(1, sum(stage.steps for stage in stages) // 20),
         )  # fmt: skip
         return {

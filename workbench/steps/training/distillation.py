@@ -32,6 +32,7 @@ def distill(
     max_length: int | None = None,
     seed: int = 0,
     compile_layers: bool = False,
+    graph_layers: bool = False,
     on_step: Callable[[StepRow], None] | None = None,
     log_every: int = 1,
     progress: bool = False,
@@ -62,6 +63,8 @@ def distill(
         max_length: tokens after which samples are cut; None is the model's own limit.
         seed: orders the samples.
         compile_layers: `torch.compile` every decoder layer (worth it for long runs on a GPU).
+        graph_layers: record every decoder layer as CUDA graphs, once a shape: small models, which
+            wait for launches, train several times as fast. Takes a GPU and one process.
         on_step: called with each logged `StepRow`.
         log_every: steps between rows; each row is a mean over them.
         progress: draw a progress line.
@@ -89,7 +92,7 @@ def distill(
         batch_size, accumulate, max_length, seed, log_every, every, on_step, stop, progress
     )
     with ExitStack() as undo:
-        loop = Loop(student, teacher, data, stages, options, undo, compile_layers)
+        loop = Loop(student, teacher, data, stages, options, undo, compile_layers, graph_layers)
         if folder is not None:
             loop.keep_in(folder, resume)
         return loop.run()

@@ -60,12 +60,16 @@ class Loop:
 
     def __init__(
         self, student: VLM, teacher: VLM, data: Iterable, stages: tuple[Stage, ...],
-        options: Options, undo: ExitStack, compiled: bool,
+        options: Options, undo: ExitStack, compiled: bool, graphed: bool = False,
     ):  # fmt: skip
         self.vlm, self.data, self.stages, self.options = student, data, stages, options
         self.undo, self.model, self.device = undo, student.model, student.model.device
         self.processes, self.watch = Processes(), Watch()
         self.processes.check_device(self.device)
+        if graphed and (self.device.type != "cuda" or self.processes.count > 1):
+            raise WorkbenchError(
+                "graph_layers=True needs a GPU, and one process: leave it out here."
+            )
         for p in self.model.parameters():
             undo.callback(p.requires_grad_, p.requires_grad)
         undo.callback(self.model.eval)
@@ -73,7 +77,8 @@ class Loop:
         self.model.train(
             any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
         )
-        self.objective = Objective(student, teacher, undo, compiled=compiled)
+        self.objective = Objective(student, teacher, undo, compiled=compiled, graphed=graphed)
+        self.graphed = graphed
         self.trained = {
             name: p for stage in stages
             for name, p in trained_parameters(student, stage.trains).items()
@@ -166,6 +171,8 @@ class Loop:
             p.requires_grad_(id(p) in chosen)
         groups = parameter_groups(self.vlm, self.training, stage)
         self.optimizers = make_optimizers(groups, stage.optimizer)
+        for p in self.training.values() if self.graphed else ():
+            p.grad = torch.zeros_like(p)
         self.module = self.processes.wrap(self.objective)
         if self.restored is not None:
             restore_training(self.optimizers, {} if fresh else self.training, self.restored)
@@ -189,7 +196,7 @@ class Loop:
         norm = nn.utils.clip_grad_norm_(self.training.values(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not self.graphed)
         record = self.processes.sum(record) / self.processes.count
         self.sums += torch.cat((record, counts[1:2]))
         self.unseen.append(torch.stack((record[0], norm)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from workbench.data.conversations import IGNORE
 from workbench.models.families import decoder_layers
 from workbench.models.teacher import VLM
 from workbench.steps.training.batches import Batch
+from workbench.steps.training.graphs import LayerGraphs
 from workbench.steps.training.losses import Divergence, at_once, divergence, token_losses
 from workbench.steps.training.stages import Stage
 
@@ -56,9 +57,13 @@ class Objective(nn.Module):
         teacher: on the same device.
         undo: takes hooks off again when the run ends.
         compiled: `torch.compile` every decoder layer of both.
+        graphed: record every decoder layer of both as CUDA graphs.
     """
 
-    def __init__(self, student: VLM, teacher: VLM, undo: ExitStack, *, compiled: bool = False):
+    def __init__(
+        self, student: VLM, teacher: VLM, undo: ExitStack, *, compiled: bool = False,
+        graphed: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.student = student.model
         self._teacher = (teacher.model,)  # in a tuple: no submodule, nothing to train or to move
@@ -75,6 +80,17 @@ class Objective(nn.Module):
         for layer in (*layers, *decoder_layers(self.student)) if compiled else ():
             layer.forward = torch.compile(layer.forward, dynamic=False)
             undo.callback(delattr, layer, "forward")
+        self.graphed = graphed
+        if graphed:
+            self._graph_layers(layers, undo, forward_only=torch.cuda.graph_pool_handle())
+            self._graph_layers(decoder_layers(self.student), undo)
+
+    def _graph_layers(self, layers: nn.ModuleList, undo: ExitStack, forward_only: object = None):
+        for layer in layers:
+            compiled = "forward" in vars(layer)
+            layer.forward = LayerGraphs(layer, layer.forward, forward_only)
+            if not compiled:
+                undo.callback(delattr, layer, "forward")
 
     def _keep(self, index: int):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
@@ -104,7 +120,10 @@ class Objective(nn.Module):
         }
         total, parts = torch.zeros((), device=device), torch.zeros(2, device=device)
         layers = torch.zeros(self.n_mamba, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=device.type == "cuda",
+            cache_enabled=not self.graphed,  # a graph casts for itself
+        ):  # fmt: skip
             theirs = self._teacher_states(inputs)
             if stage.layer_weight:
                 layers = self._layer_losses(where.real, per_token[1])
@@ -144,7 +163,8 @@ class Objective(nn.Module):
             layer, given = layers[index], args[0] if args else kwargs["hidden_states"]
 
             def loss(call=(args, kwargs), layer=layer, given=given, output=output) -> Tensor:
-                got = _hidden(layer(*call[0], **call[1]))
+                with layer.forward.another_call() if self.graphed else nullcontext():
+                    got = _hidden(layer(*call[0], **call[1]))
                 return self._layer_loss(given, got, _hidden(output), real, per_token)
 
             losses.append(at_once(loss, layer.parameters()))

@@ -1,0 +1,98 @@
+"""Decoder layers as CUDA graphs: they train as layers do that are launched kernel by kernel."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from trainees import PLAN, samples, tensors
+
+from workbench.errors import WorkbenchError
+from workbench.steps.conversion.initialization import convert
+from workbench.steps.training import graphs
+from workbench.steps.training.distillation import Stage, distill
+
+STAGES = [
+    Stage("align", 2, layer_weight=1.0, trains="mixers"),
+    Stage("both", 3, layer_weight=1.0, layer_kind="norm", kl_weight=1.0),
+]
+
+
+class Layer(nn.Module):
+    """Takes tensors nested and by name, beside what is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, hidden, rotary=None, use_cache=False):
+        cos, sin = rotary
+        return (self.proj(hidden) * cos + sin, use_cache)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The calls for which graphs were made, run as they are."""
+    made = []
+
+    def graphed(call, given, **options):
+        made.append(call)
+        return call
+
+    monkeypatch.setattr(graphs.torch.cuda, "make_graphed_callables", graphed)
+    return made
+
+
+def test_a_graph_is_recorded_once_a_situation_and_says_what_the_layer_says(recorded):
+    layer = Layer()
+    graphed = graphs.LayerGraphs(layer, layer.forward)
+    hidden, rotary = torch.randn(2, 3, 4), (torch.randn(4), torch.randn(4))
+    for _ in range(2):
+        said = graphed(hidden, rotary=rotary, use_cache=False)
+        assert torch.equal(said[0], layer(hidden, rotary)[0])
+        assert said[1] is False
+    assert len(recorded) == 1
+    graphed(hidden[:1], rotary=rotary)
+    graphed(hidden.requires_grad_(), rotary=rotary)
+    with graphed.another_call():
+        graphed(hidden, rotary=rotary)
+    with torch.no_grad():
+        graphed(hidden, rotary=rotary)
+    layer.proj.bias.requires_grad_(False)
+    graphed(hidden, rotary=rotary)
+    assert len(recorded) == 6
+
+
+def test_a_layer_that_cannot_be_recorded_is_named(monkeypatch):
+    def refuse(*args, **options):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs.torch.cuda, "make_graphed_callables", refuse)
+    layer = Layer()
+    with pytest.raises(WorkbenchError, match=r"Layer .*capturing\): distil with graph_layers=Fal"):
+        graphs.LayerGraphs(layer, layer.forward)(torch.ones(1, 4), (torch.ones(4), torch.ones(4)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_graphs_are_refused():
+    teacher = tiny.vlm()
+    with pytest.raises(WorkbenchError, match="needs a GPU"):
+        distill(convert(teacher, PLAN, init="matvlm"), teacher, samples(2), graph_layers=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_graphs_train_to_the_same_weights(accumulate):
+    teacher = tiny.vlm()
+    teacher.model.cuda()
+    weights = []
+    for graphed in (False, True):
+        student = convert(teacher, PLAN, init="matvlm")
+        run = distill(
+            student, teacher, samples(4), recipe=STAGES, batch_size=2, accumulate=accumulate,
+            graph_layers=graphed,
+        )  # fmt: skip
+        weights.append((run.rows[-1].loss, tensors(student)))
+    (eager_loss, eager), (loss, found) = weights
+    assert loss == pytest.approx(eager_loss, rel=2e-2)
+    for name, tensor in eager.items():
+        torch.testing.assert_close(found[name], tensor, rtol=5e-2, atol=2e-3)
