@@ -13,6 +13,7 @@ import torch
 import workbench as wb
 from benchmarks.ablation.data import PocketData, TextData, load_teacher
 from benchmarks.ablation.rows import ALIGNED, Job, Row
+from workbench.mamba import kernels
 from workbench.models.families import decoder_layers
 from workbench.models.hybrid import build_hybrid, mixer_options_of, mixers
 from workbench.models.plan import Plan
@@ -27,6 +28,7 @@ class Bench:
         if args.compile:  # every layer compiles on its own: with and without gradients
             torch._dynamo.config.recompile_limit = 64
         self.args, self.folder = args, folder
+        kernels.use(args.kernels)
         self.teacher = load_teacher(args, device)
         on_text = args.on_text
         self.data = TextData(self.teacher, args) if on_text else PocketData(

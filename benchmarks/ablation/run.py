@@ -69,6 +69,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-seed", type=int, default=2000, help="of the first seed's data")
     parser.add_argument("--compile", action="store_true", help="every decoder layer")
     parser.add_argument("--graph", action="store_true", help="every decoder layer a CUDA graph")
+    parser.add_argument("--kernels", default="auto", help="of the scan; auto measures them first")
     parser.add_argument("--rows", type=Path, help="a JSON list of rows in place of the built-in")
     parser.add_argument("--cap", type=int, help="at most so many steps a row, to try a file")
     names = sorted({name for row in ROWS for name in (row.group, row.name)})

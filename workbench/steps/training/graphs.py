@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from workbench.errors import WorkbenchError
 
@@ -21,8 +22,8 @@ class LayerGraphs:
     """A decoder layer's `forward` that replays what it did the first time in each situation.
 
     Outputs and gradients stand in memory of the graph's own, and are overwritten when the same
-    graph runs again. So each layer may run once a step, and once more as `another_call`; and
-    gradients must be added to tensors that are there before (`zero_grad(set_to_none=False)`).
+    graph runs again. So a layer may run once a step, and once more as `another_call`; and gradients
+    must be added to tensors that are there before (`zero_grad(set_to_none=False)`).
 
     Args:
         layer: whose own `forward` is recorded.
@@ -34,6 +35,7 @@ class LayerGraphs:
     def __init__(self, layer: nn.Module, forward: Callable, pool: Any = None) -> None:
         self.layer, self.forward, self.pool = layer, forward, pool
         self.another = False
+        self.parameters = dict(layer.named_parameters())
         self.graphs: dict[tuple, Callable] = {}
 
     @contextmanager
@@ -48,52 +50,47 @@ class LayerGraphs:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer, whose arguments may be nested; those that are no tensors are constants."""
         leaves, form = tree_flatten((args, kwargs))
+        is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        places = tuple(isinstance(leaf, Tensor) for leaf in leaves)
+        constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         key = (
-            self.another, torch.is_grad_enabled(), str(rest), places,
+            self.another, torch.is_grad_enabled(), str(constants), tuple(is_tensor),
             tuple((t.shape, t.dtype, t.requires_grad) for t in given),
-            tuple(p.requires_grad for p in self.layer.parameters()),
+            tuple(p.requires_grad for p in self.parameters.values()),
         )  # fmt: skip
         if key not in self.graphs:
-            call = _Call(self.layer, self.forward, rest, places, form)
-            self.graphs[key] = _recorded(call, given, self.pool)
-        return self.graphs[key](*given)
+
+            def call(*tensors: Tensor) -> Any:
+                put = iter(tensors)
+                filled = [next(put) if t else c for t, c in zip(is_tensor, constants, strict=True)]
+                args, kwargs = tree_unflatten(filled, form)
+                with _reparametrize_module(self.layer, dict(zip(self.parameters, put))):
+                    return self.forward(*args, **kwargs)
+
+            self.graphs[key] = self._recorded(call, given)
+        return self.graphs[key](*given, *self.parameters.values())
+
+    def _recorded(self, call: Callable, given: list[Tensor]) -> Callable:
+        """The function as graphs of its forward and its backward.
+
+        It is recorded on leaves that share the parameters' memory: what collects the gradients of
+        the parameters themselves belongs to another stream, which may not be waited for.
+        """
+        samples = [_leaf(t.clone(), t) for t in given]
+        shared = [_leaf(p, p) for p in self.parameters.values()]
+        try:
+            return torch.cuda.make_graphed_callables(
+                call, (*samples, *shared), allow_unused_input=True, pool=self.pool
+            )
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise WorkbenchError(
+                f"{type(self.layer).__name__} cannot be recorded as a CUDA graph ({reason}): "
+                "distil with graph_layers=False."
+            ) from error
 
 
-class _Call(nn.Module):
-    """A layer as a function of tensors alone, with its parameters."""
-
-    def __init__(
-        self, layer: nn.Module, run: Callable, rest: list, places: tuple[bool, ...], form: TreeSpec
-    ) -> None:
-        super().__init__()
-        self.layer, self.rest, self.places, self.form = layer, rest, places, form
-        self.run = run
-        self.train(layer.training)
-
-    def forward(self, *given: Tensor) -> Any:
-        tensors = iter(given)
-        leaves = [
-            next(tensors) if is_tensor else constant
-            for constant, is_tensor in zip(self.rest, self.places, strict=True)
-        ]
-        args, kwargs = tree_unflatten(leaves, self.form)
-        return self.run(*args, **kwargs)
-
-
-def _recorded(call: _Call, given: list[Tensor], pool: Any) -> Callable:
-    samples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in given)
-    try:
-        return torch.cuda.make_graphed_callables(
-            call, samples, allow_unused_input=True, pool=pool
-        )
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = str(error).strip().partition("\n")[0]
-        raise WorkbenchError(
-            f"{type(call.layer).__name__} cannot be recorded as a CUDA graph ({reason}): "
-            "distil with graph_layers=False."
-        ) from error
+def _leaf(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(like.requires_grad)
