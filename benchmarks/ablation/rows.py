@@ -33,6 +33,7 @@ class Row:
     lr: float | None = None
     batch: int | None = None
     steps: int | None = None
+    trained: bool = True  # else only what it starts with is measured
 
     def __post_init__(self) -> None:
         choices = {"init": (*INITS, ALIGNED), "recipe": RECIPES, "placement": METHODS}
@@ -155,7 +156,8 @@ def _wanted(job: Job, args: argparse.Namespace) -> bool:
 def _given(rows: tuple[Row, ...], args: argparse.Namespace) -> Iterator[Job]:
     for seed in range(args.seeds):
         for percent in args.ratios:
-            yield from (Job("train", row, percent, seed) for row in rows)
+            for row in rows:
+                yield Job("train" if row.trained else "start", row, percent, seed)
 
 
 def _built_in(args: argparse.Namespace) -> Iterator[Job]:

@@ -23,6 +23,7 @@ def align(
     batch_size: int = 8,
     lr: float = 1e-3,
     seed: int = 0,
+    graph_layers: bool = False,
     on_step: Callable[[StepRow], None] | None = None,
 ) -> VLM:
     """Train a mixer for every layer to stand in for its attention, all in one pass.
@@ -40,6 +41,7 @@ def align(
         batch_size: sequences of a batch.
         lr: peak learning rate.
         seed: of the start, and of the order of the samples.
+        graph_layers: as in `distill`.
         on_step: called with each `StepRow`.
 
     Returns:
@@ -53,5 +55,8 @@ def align(
     name = f"{teacher.name}-aligned"
     donor = convert(teacher, plan, init=init, calibration=calibration, seed=seed, name=name)
     stage = Stage("align", steps, layer_weight=1.0, trains="mixers", lr=lr, lr_new=lr)
-    distill(donor, teacher, data, recipe=[stage], batch_size=batch_size, seed=seed, on_step=on_step)
+    distill(
+        donor, teacher, data, recipe=[stage], batch_size=batch_size, seed=seed,
+        graph_layers=graph_layers, on_step=on_step,
+    )  # fmt: skip
     return donor
