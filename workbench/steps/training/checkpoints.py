@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -177,12 +177,11 @@ class Checkpoints:
         )
 
 
-def training_tensors(optimizers: Sequence[Optimizer], trained: Mapping[str, nn.Parameter]) -> dict:
-    """The optimisers' state by the names of parameters, and the random generators', as tensors."""
+def training_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> dict:
+    """AdamW's state by the names of parameters, and the random generators', as tensors."""
     names = {id(p): name for name, p in trained.items()}
     tensors = {
         f"{names[id(p)]}/{key}": torch.as_tensor(value)
-        for optimizer in optimizers
         for p, state in optimizer.state.items()
         for key, value in state.items()
     }
@@ -193,7 +192,7 @@ def training_tensors(optimizers: Sequence[Optimizer], trained: Mapping[str, nn.P
 
 
 def restore_training(
-    optimizers: Sequence[Optimizer], trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+    optimizer: Optimizer, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
     """Put back what `training_tensors` took."""
     for key, value in tensors.items():
@@ -204,14 +203,9 @@ def restore_training(
                 put(value)
         elif name in trained:
             p = trained[name]
-            optimizer = next(o for o in optimizers if _holds(o, p))
             beside = entry != "step" or optimizer.defaults.get("fused")
             place = p.device if beside else value.device
             optimizer.state[p][entry] = value.to(place)
-
-
-def _holds(optimizer: Optimizer, wanted: nn.Parameter) -> bool:
-    return any(p is wanted for group in optimizer.param_groups for p in group["params"])
 
 
 def _to_disk(path: Path) -> None:

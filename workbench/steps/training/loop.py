@@ -22,12 +22,7 @@ from workbench.steps.training.checkpoints import Checkpoints, restore_training, 
 from workbench.steps.training.objective import Objective, places
 from workbench.steps.training.parallel import Processes
 from workbench.steps.training.runs import Run, StepRow
-from workbench.steps.training.stages import (
-    Stage,
-    make_optimizers,
-    parameter_groups,
-    trained_parameters,
-)
+from workbench.steps.training.stages import Stage, parameter_groups, trained_parameters
 from workbench.steps.training.watch import Watch
 
 Stop = Callable[[], bool] | threading.Event
@@ -170,17 +165,19 @@ class Loop:
         for p in self.model.parameters():
             p.requires_grad_(id(p) in chosen)
         groups = parameter_groups(self.vlm, self.training, stage)
-        self.optimizers = make_optimizers(groups, stage.optimizer)
+        # One kernel for all parameters: small models wait for launches, not for arithmetic.
+        fused = all(p.is_cuda for p in self.training.values())
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused or None)
         for p in self.training.values() if self.graphed else ():
             p.grad = torch.zeros_like(p)
         self.module = self.processes.wrap(self.objective)
         if self.restored is not None:
-            restore_training(self.optimizers, {} if fresh else self.training, self.restored)
+            restore_training(self.optimizer, {} if fresh else self.training, self.restored)
             self.restored = None
 
     def _step(self, stage: Stage, step: int, batches: Iterator[Batch]) -> None:
         rate = stage.rate(step)
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+        for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         micro = [_next(batches, self.step + 1) for _ in range(self.options.accumulate)]
         where = [places(batch, stage.tokens) for batch in micro]
@@ -194,9 +191,8 @@ class Loop:
                 total.backward()
             record = record + part
         norm = nn.utils.clip_grad_norm_(self.training.values(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=not self.graphed)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=not self.graphed)
         record = self.processes.sum(record) / self.processes.count
         self.sums += torch.cat((record, counts[1:2]))
         self.unseen.append(torch.stack((record[0], norm)))
@@ -257,7 +253,7 @@ class Loop:
             "seconds": self._seconds(), "last_row_at": self.last_row_at,
             "sums": self.sums.tolist(),
         }  # fmt: skip
-        training = training_tensors(self.optimizers, self.training)
+        training = training_tensors(self.optimizer, self.training)
         failed = None
         try:
             self.store.save(self.step, self.trained, training, state)

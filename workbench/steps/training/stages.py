@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
-import torch
 from torch import nn
 
 from workbench.errors import WorkbenchError
@@ -17,7 +16,6 @@ from workbench.steps.training.losses import KL_KINDS
 
 TRAINS = ("mixers", "mixers+projector", "mixers+projector+ffn", "all", "all+vision")
 LAYER_KINDS = ("relative", "norm")
-OPTIMIZERS = ("adamw", "muon")
 TOKENS = ("answers", "all")
 # Modules between picture and language model, and towers, by any part of a parameter's name.
 PROJECTORS = ("projector", "connector", "merger")
@@ -44,8 +42,6 @@ class Stage:
             over ||teacher||^2, both summed over a batch's tokens.
         lr: peak learning rate of what was there before: q, k, v, o, projector, FFN.
         lr_new: peak learning rate of what Mamba-2 brought: z, dt, conv, A_log, dt_bias, D, norm.
-        floor: what is left of both rates at the last step, as a share of the peak.
-        optimizer: "adamw", or "muon" for the matrices and AdamW for the rest.
         tokens: where the divergence is taken: "answers", the positions that predict an answer's
             token, or "all", every real position that predicts a real token.
         trains: "mixers", "mixers+projector" (the paper's), "mixers+projector+ffn" (the rest of the
@@ -66,15 +62,12 @@ class Stage:
     hidden_weight: float = 0.0
     lr: float = 1e-3
     lr_new: float = 1e-3
-    floor: float = 0.1
-    optimizer: str = "adamw"
     tokens: str = "answers"
     trains: str = "mixers+projector"
 
     def __post_init__(self) -> None:
         choices = {
             "layer_kind": LAYER_KINDS, "kl_kind": KL_KINDS, "tokens": TOKENS, "trains": TRAINS,
-            "optimizer": OPTIMIZERS,
         }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -105,10 +98,9 @@ class Stage:
         return asdict(self)
 
     def rate(self, step: int) -> float:
-        """Factor of both learning rates at a step from 1: warm-up, then down to `floor`."""
+        """Factor of both learning rates at a step from 1: warm-up, then down to zero."""
         warmup = max(1, self.steps // 20)
-        passed = max(0, step - warmup) / max(1, self.steps - warmup)
-        return min(step / warmup, 1 - (1 - self.floor) * passed)
+        return min(step / warmup, (self.steps + 1 - step) / (self.steps + 1 - warmup))
 
 
 # Recipes by name, for 100 steps; `plan_stages` scales them.
@@ -120,7 +112,7 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
     # the whole (MOHAWK, arXiv 2408.10189; RADLADS, arXiv 2505.03005).
     "workbench": (
         Stage("align", 30, layer_weight=1.0, trains="mixers"),
-        Stage("distill", 70, kl_weight=1.0),
+        Stage("distill", 70, kl_weight=1.0, hidden_weight=1.0),
     ),
 }
 
@@ -225,19 +217,3 @@ def parameter_groups(student: VLM, trained: dict[str, nn.Parameter], stage: Stag
             if params:
                 groups.append({"params": params, "weight_decay": decay, "peak": peak, "lr": peak})
     return groups
-
-
-def make_optimizers(groups: list[dict], kind: str) -> list[torch.optim.Optimizer]:
-    """AdamW for all groups, or Muon for the matrices and AdamW for what is left."""
-    matrices, rest = [], []
-    for group in groups:
-        on_muon = kind == "muon" and all(p.ndim == 2 for p in group["params"])
-        (matrices if on_muon else rest).append(group)
-    made: list[torch.optim.Optimizer] = []
-    if matrices:
-        made.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
-    if rest:
-        # One kernel for all parameters: small models wait for launches, not for arithmetic.
-        fused = all(p.is_cuda for g in rest for p in g["params"])
-        made.append(torch.optim.AdamW(rest, betas=(0.9, 0.95), fused=fused or None))
-    return made
