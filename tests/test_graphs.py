@@ -13,7 +13,7 @@ from workbench.steps.training.distillation import Stage, distill
 
 STAGES = [
     Stage("align", 2, layer_weight=1.0, trains="mixers"),
-    Stage("both", 3, layer_weight=1.0, layer_kind="norm", kl_weight=1.0),
+    Stage("both", 3, layer_weight=1.0, layer_kind="norm", kl_weight=1.0, hidden_weight=1.0),
 ]
 
 

@@ -27,8 +27,8 @@ LAYERS = {"ratio": float, "method": str, "layers": list, "init": str}
 DATA = {"name": str, "split": str, "limit": int, "seed": int, "images": str}
 TRAINING = {
     "recipe": str, "steps": int, "batch_size": int, "lr": float, "accumulate": int,
-    "max_length": int, "seed": int, "compile_layers": bool, "log_every": int, "save_every": int,
-    "folder": str, "resume": bool,
+    "max_length": int, "seed": int, "compile_layers": bool, "graph_layers": bool,
+    "log_every": int, "save_every": int, "folder": str, "resume": bool,
 }  # fmt: skip
 SETTINGS = WHERE_FROM | LAYERS | {"data": (str, dict), "stages": list, "track": str} | TRAINING
 MODEL = "model"  # where in the run's folder the finished hybrid goes

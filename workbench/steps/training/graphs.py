@@ -64,7 +64,8 @@ class LayerGraphs:
                 put = iter(tensors)
                 filled = [next(put) if t else c for t, c in zip(is_tensor, constants, strict=True)]
                 args, kwargs = tree_unflatten(filled, form)
-                with _reparametrize_module(self.layer, dict(zip(self.parameters, put))):
+                own = dict(zip(self.parameters, put, strict=True))
+                with _reparametrize_module(self.layer, own):
                     return self.forward(*args, **kwargs)
 
             self.graphs[key] = self._recorded(call, given)

@@ -80,10 +80,10 @@ class Loop:
         }  # fmt: skip
         self.rows: list[StepRow] = []
         self.step, self.whole, self.n_tokens, self.n_cut = 0, sum(s.steps for s in stages), 0, 0
-        # Sums since the last row: total, layer loss, KL, CE, each layer's loss, tokens; over how
-        # many steps; and the losses and gradient norms that the watch has not seen yet. They stay
-        # on the device, so that a GPU is not waited for at every step.
-        self.sums = torch.zeros(5 + len(student.plan.mamba_layers), device=self.device)
+        # Sums since the last row: total, layer loss, KL, CE, hidden loss, each layer's loss,
+        # tokens; over how many steps; and the losses and gradient norms that the watch has not seen
+        # yet. They stay on the device, so that a GPU is not waited for at every step.
+        self.sums = torch.zeros(6 + len(student.plan.mamba_layers), device=self.device)
         self.n_summed, self.unseen = 0, []
         self.seconds_before = self.last_row_at = 0.0
         self.store: Checkpoints | None = None
@@ -203,7 +203,7 @@ class Loop:
     def _log(self, stage: Stage, step: int) -> None:
         """Make a row of what was summed up, and let everybody know."""
         self._look(stage, step)
-        total, layer, kl, ce, *layers, tokens = self.sums.tolist()
+        total, layer, kl, ce, hidden, *layers, tokens = self.sums.tolist()
         n, now = self.n_summed, self._seconds()
         since = max(now - self.last_row_at, 1e-9)
         rate = stage.rate(step)
@@ -215,6 +215,7 @@ class Loop:
             layer_loss=layer / n if stage.layer_weight else None,
             kl_nats=kl / n if stage.kl_weight else None,
             ce_nats=ce / n if stage.ce_weight else None,
+            hidden_loss=hidden / n if stage.hidden_weight else None,
             lr=stage.lr * rate,
             lr_new=stage.lr_new * rate,
             seconds=now,

@@ -109,8 +109,8 @@ class Objective(nn.Module):
                 of how many the whole step has, whatever it is split into.
 
         Returns:
-            What to minimise, and for the record total, layer loss, KL, cross-entropy, and the loss
-            of each Mamba layer; parts that the stage does not ask for are 0.
+            What to minimise, and for the record total, layer loss, KL, cross-entropy, hidden loss,
+            and the loss of each Mamba layer; parts that the stage does not ask for are 0.
         """
         stage, device = self.stage, self.student.device
         inputs = {
@@ -119,7 +119,7 @@ class Objective(nn.Module):
             if name not in NO_INPUTS and isinstance(value, Tensor)
         }
         total, parts = torch.zeros((), device=device), torch.zeros(2, device=device)
-        layers = torch.zeros(self.n_mamba, device=device)
+        hidden, layers = total.clone(), torch.zeros(self.n_mamba, device=device)
         with torch.autocast(
             device.type, torch.bfloat16, enabled=device.type == "cuda",
             cache_enabled=not self.graphed,  # a graph casts for itself
@@ -133,12 +133,12 @@ class Objective(nn.Module):
                 with self._tower.replayed(stage.trains != "all+vision"):
                     ours = self.student.base_model(**inputs, use_cache=False).last_hidden_state
                 if stage.hidden_weight:
-                    apart = self._apart_at_the_end(ours, theirs, where.real, per_token[1])
-                    total = total + stage.hidden_weight * apart
+                    hidden = self._hidden_loss(ours, theirs, where.real, per_token[1])
+                    total = total + stage.hidden_weight * hidden
                 if stage.kl_weight or stage.ce_weight:
                     value, parts = self._token_losses(ours, theirs, where, per_token)
                     total = total + value
-        record = torch.cat((torch.stack((total, layers.mean(), *parts)), layers))
+        record = torch.cat((torch.stack((total, layers.mean(), *parts, hidden)), layers))
         return total, record.detach()
 
     def _teacher_states(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -174,25 +174,18 @@ class Objective(nn.Module):
         self, given: Tensor, got: Tensor, wanted: Tensor, real: Tensor | None, per_token: Tensor
     ) -> Tensor:
         got, wanted = got.float(), wanted.float()
-        weight = torch.ones_like(wanted[..., 0]) if real is None else real
         if self.stage.layer_kind == "norm":
             distance = (got - wanted).norm(dim=-1) / wanted.shape[-1] ** 0.5
-            return (distance * weight).sum() * per_token
-        error, added = (
-            (t.square().sum(-1) * weight).sum() for t in (got - wanted, wanted - given)
-        )
-        return error / added * weight.sum() * per_token
+            return (distance if real is None else distance * real).sum() * per_token
+        return _relative(got - wanted, wanted - given, real) * per_token
 
-    def _apart_at_the_end(
+    def _hidden_loss(
         self, ours: Tensor, theirs: Tensor, real: Tensor | None, per_token: Tensor
     ) -> Tensor:
-        """How far the final hidden states are from the teacher's, as a share of the teacher's."""
         ours, theirs = ours.float(), theirs.float()
-        weight = torch.ones_like(theirs[..., 0])
         if real is not None:
-            weight = real.to(ours.device, torch.float32, non_blocking=True)
-        error, size = ((t.square().sum(-1) * weight).sum() for t in (ours - theirs, theirs))
-        return error / size * weight.sum() * per_token
+            real = real.to(ours.device, torch.float32, non_blocking=True)
+        return _relative(ours - theirs, theirs, real) * per_token
 
     def _token_losses(
         self, ours: Tensor, theirs: Tensor, where: Places, per_token: Tensor
@@ -271,6 +264,13 @@ def _equal(one: nn.Module, other: nn.Module) -> bool:
             for name, t in ours.items()
         )
     )
+
+
+def _relative(error: Tensor, whole: Tensor, real: Tensor | None) -> Tensor:
+    """||error||^2 over ||whole||^2, both over all real tokens, times how many there are."""
+    weight = torch.ones_like(whole[..., 0]) if real is None else real
+    error, whole = ((t.square().sum(-1) * weight).sum() for t in (error, whole))
+    return error / whole * weight.sum()
 
 
 def _hidden(output: Tensor | tuple) -> Tensor:

@@ -21,6 +21,7 @@ class StepRow:
     layer_loss: float | None
     kl_nats: float | None
     ce_nats: float | None
+    hidden_loss: float | None
     lr: float
     lr_new: float
     seconds: float
@@ -32,11 +33,15 @@ class StepRow:
     def from_dict(cls, values: dict) -> StepRow:
         """Read a row of metrics.jsonl back."""
         known = {field.name for field in fields(cls)}
-        row = {name: value for name, value in values.items() if name in known}
+        row = {"hidden_loss": None}  # which older runs did not write
+        row |= {name: value for name, value in values.items() if name in known}
         return cls(**row | {"layer_losses": tuple(row.get("layer_losses", ()))})
 
     def __str__(self) -> str:
-        parts = {"layer loss": self.layer_loss, "KL": self.kl_nats, "CE": self.ce_nats}
+        parts = {
+            "layer loss": self.layer_loss, "KL": self.kl_nats, "CE": self.ce_nats,
+            "hidden loss": self.hidden_loss,
+        }  # fmt: skip
         said = [f"{name} {value:.4f}" for name, value in parts.items() if value is not None]
         return (
             f"step {self.step} ({self.stage}): {', '.join(said)};"
@@ -91,6 +96,7 @@ def _fall(first: StepRow, last: StepRow) -> str:
         ("layer loss", "layer_loss", ""),
         ("KL", "kl_nats", " nats a token"),
         ("CE", "ce_nats", " nats a token"),
+        ("hidden loss", "hidden_loss", ""),
     ):
         before, after = getattr(first, value), getattr(last, value)
         if before is not None:

@@ -24,7 +24,8 @@ from workbench.views.widgets.drawing import (
 from workbench.views.widgets.panel import Panel, button, row
 
 LOSSES = {"layer_loss": ("layer loss", TEACHER), "kl_nats": ("KL, nats a token", HYBRID),
-          "ce_nats": ("CE, nats a token", "#c8842b")}  # fmt: skip
+          "ce_nats": ("CE, nats a token", "#c8842b"),
+          "hidden_loss": ("hidden loss", "#7a6ff0")}  # fmt: skip
 MOST_POINTS = 400
 
 
