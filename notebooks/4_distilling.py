@@ -86,8 +86,9 @@ for name, stages in RECIPES.items():
 
 # %% [markdown]
 # The workbench aligns every layer on its own first, which needs no logits and is robust, then
-# trains the whole by KL. That order is MOHAWK's ([arXiv
-# 2408.10189](https://arxiv.org/abs/2408.10189)).
+# trains the whole by KL, and by how far the final hidden states are from the teacher's: a share, 0
+# where they agree, at every token and not only where an answer is given. That order is MOHAWK's
+# ([arXiv 2408.10189](https://arxiv.org/abs/2408.10189)).
 #
 # **Exercise 2.** Make a recipe of two stages: `"align"`, 4 steps with a layer loss of weight 1
 # that trains the mixers only, and `"distill"`, 8 steps with a KL of weight 1. Use `wb.Stage`.
