@@ -26,6 +26,7 @@
 import torch
 
 import workbench as wb
+from workbench.models.cache import CACHE
 from workbench.models.families import decoder_layers
 from workbench.models.hybrid import mixers
 from workbench.steps.quality.together import mean_kl
@@ -103,7 +104,7 @@ def layer_errors(student):
 
     def compare(index, mixer):
         def hook(module, args, kwargs, output):
-            got = mixer(*args, **kwargs | {"past_key_values": None})[0]
+            got = mixer(*args, **kwargs | {CACHE: None})[0]
             errors[index] = float((got - output[0]).norm() / output[0].norm())
 
         return hook

@@ -12,6 +12,7 @@ from trainees import PLAN, graded, samples
 from workbench.data import Texts
 from workbench.data.conversations import IGNORE
 from workbench.errors import WorkbenchError
+from workbench.models.cache import CACHE
 from workbench.models.hybrid import mixers
 from workbench.models.teacher import VLM
 from workbench.steps.conversion.initialization import convert
@@ -139,7 +140,7 @@ def test_a_layer_is_compared_on_the_teachers_own_input(teacher, student):
     heard = {}
 
     def listen(module, args, kwargs, output):
-        heard["call"] = (args, kwargs | {"past_key_values": None}, output[0])
+        heard["call"] = (args, kwargs | {CACHE: None}, output[0])
 
     layer = teacher.model.get_decoder().layers[2].self_attn
     hook = layer.register_forward_hook(listen, with_kwargs=True)

@@ -8,6 +8,7 @@ import torch
 
 from workbench.data import Sample
 from workbench.errors import WorkbenchError
+from workbench.models.cache import CACHE
 from workbench.models.engine.decoder import read_decoder
 from workbench.models.engine.decoding import State, step
 from workbench.models.engine.engine import Engine, draw
@@ -85,7 +86,7 @@ def test_a_step_that_is_recorded_says_what_one_that_slices_says(start):
         with torch.no_grad():
             state.begin(begin)
             given = {"input_ids": ids, "attention_mask": mask if state.padded else None}
-            vlm.model(**given, past_key_values=state.cache, use_cache=True)
+            vlm.model(**given, **{CACHE: state.cache}, use_cache=True)
             state.follow(7)
             state.padded = state.padded and not by_place  # a recorded step cannot ask
             for i in range(3):

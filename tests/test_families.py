@@ -18,7 +18,7 @@ from transformers import (
 import workbench as wb
 from benchmarks.families import BEGIN, COLUMNS, END
 from workbench.errors import WorkbenchError
-from workbench.models.cache import SSMSlot
+from workbench.models.cache import CACHE, SSMSlot
 from workbench.models.families import (
     LANGUAGE_MODELS,
     REFUSED,
@@ -188,7 +188,7 @@ def test_family_bf16(family):
     for mixer in mixers(model).values():
         assert {mixer.A_log.dtype, mixer.dt_bias.dtype, mixer.D.dtype} == {torch.float32}
     answer = generate(model, fed)
-    state = answer.past_key_values.layers[0].read()
+    state = answer[CACHE].layers[0].read()
     assert (state.ssm.dtype, state.conv.dtype) == (torch.float32, torch.bfloat16)
     cached = torch.stack(answer.logits, 1).float()
     whole = model(**tiny.longer(fed, answer.sequences), use_cache=False).logits[:, -7:-1].float()
@@ -240,7 +240,7 @@ def test_family_refuses_to_take_tokens_back(family):
         with pytest.raises(WorkbenchError, match="Assisted decoding and prompt lookup"):
             generate(model, fed, **how)
     cache = DynamicCache(config=model.config)
-    model(**fed, past_key_values=cache)
+    model(**fed, **{CACHE: cache})
     assert [isinstance(slot, SSMSlot) for slot in cache.layers] == [True, False, False, True]
     with pytest.raises(WorkbenchError, match="cannot be cropped"):
         cache.crop(-1)

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.cache_utils import StaticLayer
 
 from workbench.errors import WorkbenchError
-from workbench.models.cache import SSMSlot, cache_bytes, real_positions
+from workbench.models.cache import CACHE, SSMSlot, cache_bytes, real_positions
 from workbench.models.families import decoder_layers, family_name
 from workbench.models.hybrid import build_hybrid, mixers, plan_of
 from workbench.models.plan import Plan
@@ -95,7 +95,7 @@ def test_a_second_turn_continues_on_the_same_cache():
     expected = model(ids).logits
     cache = DynamicCache()  # made without a config: it has no slots yet
     for start, stop in ((0, 6), (6, 7), (7, 13), (13, 17)):
-        logits = model(ids[:, start:stop], past_key_values=cache, use_cache=True).logits
+        logits = model(ids[:, start:stop], **{CACHE: cache}, use_cache=True).logits
         torch.testing.assert_close(logits, expected[:, start:stop], rtol=1e-4, atol=1e-4)
     assert cache.get_seq_length() == 17
     with pytest.raises(WorkbenchError, match="cannot be cropped"):
@@ -106,10 +106,10 @@ def test_a_second_turn_continues_on_the_same_cache():
 def test_a_reset_cache_starts_anew(layers):
     model, ids = hybrid("qwen2", layers), tiny.token_ids()
     cache = StaticCache(model.config, max_cache_len=32)
-    expected = model(ids, past_key_values=cache).logits
+    expected = model(ids, **{CACHE: cache}).logits
     cache.reset()
     assert cache.get_seq_length() == 0
-    assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+    assert torch.equal(model(ids, **{CACHE: cache}).logits, expected)
 
 
 def test_padding_is_read_from_every_kind_of_mask():
@@ -150,9 +150,9 @@ def test_another_models_cache_is_refused():
     teacher, student = tiny.language_model("phi"), hybrid("phi", (0, 2))
     ids = tiny.token_ids()
     for first, second in ((teacher, student), (student, teacher)):
-        cache = first(ids, use_cache=True).past_key_values
+        cache = first(ids, use_cache=True)[CACHE]
         with pytest.raises(WorkbenchError, match="start a new cache"):
-            second(ids, past_key_values=cache)
+            second(ids, **{CACHE: cache})
 
 
 def test_other_layers_and_the_teacher_stay_as_they_are():
@@ -244,7 +244,7 @@ def test_a_picture_is_seen_the_same_with_and_without_cache():
 
 def test_bfloat16_runs_with_a_float32_state():
     model, ids = hybrid("llama", (0, 2)).to(torch.bfloat16), tiny.token_ids()
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True)[CACHE]
     slot = cache.layers[0]
     assert slot.read().ssm.dtype == torch.float32
     assert slot.read().conv.dtype == torch.bfloat16

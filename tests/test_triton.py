@@ -11,6 +11,7 @@ import tiny
 import torch
 from test_engine import endless, words
 
+from workbench.models.cache import CACHE
 from workbench.models.engine.decoder import Matrix, Norm, read_decoder
 from workbench.models.engine.decoding import State, step
 from workbench.models.engine.operations import Operations
@@ -45,7 +46,7 @@ def run(vlm, operations, batch, start, n=5):
         state.begin(start)
         vlm.model(
             input_ids=ids, attention_mask=mask if state.padded else None,
-            past_key_values=state.cache, use_cache=True,
+            **{CACHE: state.cache}, use_cache=True,
         )  # fmt: skip
         state.follow(7)
         for i in range(n):

@@ -4,6 +4,7 @@ import torch
 
 from benchmarks.speed.models import TINY, hybrid, llama, phi
 from workbench.mamba import kernels, ssd
+from workbench.models.cache import CACHE
 from workbench.models.engine import MODES, Engine
 from workbench.models.engine.decoder import read_decoder
 from workbench.models.engine.decoding import State, step
@@ -128,7 +129,7 @@ def _step_error(vlm, device, start) -> float:
         state.begin(begin)
         vlm.model(
             input_ids=ids, attention_mask=mask if state.padded else None,
-            past_key_values=state.cache, use_cache=True,
+            **{CACHE: state.cache}, use_cache=True,
         )  # fmt: skip
         state.follow(150)
         rows = []

@@ -5,11 +5,13 @@ the slots of all Mamba-2 layers are replaced by `SSMSlot`. Questions about lengt
 fixed size cannot answer, go to an attention slot of the same kind (its *peer*).
 """
 
+import inspect
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import LlamaForCausalLM
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -19,6 +21,12 @@ from transformers.cache_utils import (
 
 from workbench.errors import WorkbenchError
 from workbench.mamba.mixer import MixerState
+
+# What models and their layers call a cache that they are given: renamed in transformers 5.24.
+CACHE = next(
+    name for name in ("cache", "past_key_values")
+    if name in inspect.signature(LlamaForCausalLM.forward).parameters
+)  # fmt: skip
 
 
 class SSMSlot(LinearAttentionLayer, CacheLayerMixin):

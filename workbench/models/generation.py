@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from workbench.errors import WorkbenchError
-from workbench.models.cache import cache_bytes
+from workbench.models.cache import CACHE, cache_bytes
 from workbench.models.families import text_config
 from workbench.models.prompts import position_limit, prepare_inputs
 from workbench.models.teacher import VLM
@@ -246,7 +246,7 @@ def _timed_step(vlm: VLM, cache: Cache, **inputs: Tensor) -> tuple[Tensor, float
     with inference(vlm):
         wait(device)
         start = time.perf_counter()
-        output = vlm.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = vlm.model(**inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         wait(device)
         return token, time.perf_counter() - start

@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -30,7 +29,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from workbench.errors import WorkbenchError
 from workbench.mamba.config import Mamba2Config
 from workbench.mamba.mixer import Mamba2Mixer
-from workbench.models.cache import install_slots, real_positions
+from workbench.models.cache import CACHE, install_slots, real_positions
 from workbench.models.families import (
     LANGUAGE_MODELS,
     VISION_LANGUAGE_MODELS,
@@ -92,14 +91,13 @@ class SSMAttention(Mamba2Mixer):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Any = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Mix (batch, seqlen, d_model); what else decoder layers pass is not needed."""
-        slot = None
-        if past_key_values is not None:
-            install_slots(past_key_values, self.mamba_layers, self.n_layers)
-            slot = past_key_values.layers[self.layer_idx]
+        slot, cache = None, kwargs.get(CACHE)
+        if cache is not None:
+            install_slots(cache, self.mamba_layers, self.n_layers)
+            slot = cache.layers[self.layer_idx]
         length = hidden_states.shape[1]
         output, state = super().forward(
             hidden_states,
@@ -133,7 +131,7 @@ class HybridMixin:
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        cache, plan = model_kwargs.get("past_key_values"), plan_of(self)
+        cache, plan = model_kwargs.get(CACHE), plan_of(self)
         if cache is not None:
             install_slots(cache, plan.mamba_layers, plan.n_layers)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from workbench.errors import WorkbenchError
-from workbench.models.cache import SSMSlot, cache_bytes, install_slots
+from workbench.models.cache import CACHE, SSMSlot, cache_bytes, install_slots
 from workbench.models.engine.decoder import Decoder
 from workbench.models.engine.decoding import State, StaticSlot, step
 from workbench.models.engine.operations import Operations
@@ -67,7 +67,7 @@ class Lean:
         """
         self.state.begin(start)
         output = self.vlm.model(
-            **inputs, past_key_values=self.state.cache, use_cache=True, logits_to_keep=1
+            **inputs, **{CACHE: self.state.cache}, use_cache=True, logits_to_keep=1
         )
         self.state.follow(inputs["input_ids"].shape[1])
         return output.logits[:, -1]
@@ -170,9 +170,7 @@ class Forward:
             inputs["attention_mask"] = self.mask
         else:
             self.mask = inputs.get("attention_mask")
-        output = self.vlm.model(
-            **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
+        output = self.vlm.model(**inputs, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1)
         self.length = inputs["input_ids"].shape[1]
         return output.logits[:, -1]
 
@@ -187,9 +185,9 @@ class Forward:
                 options["position_ids"] = (self.length - self.start)[:, None]
         output = self.forward(
             input_ids=self.token[:, None],
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: self.cache},
             **options,
         )
         self.length += 1
@@ -230,4 +228,3 @@ def check_left_padded(mask: Tensor) -> Tensor | None:
     if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
         raise WorkbenchError("An engine takes batches that are padded on the left only.")
     return (~mask).sum(1)
-

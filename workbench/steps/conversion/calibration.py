@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from workbench.models.cache import CACHE
 from workbench.models.families import decoder_layers
 from workbench.models.hybrid import SSMAttention, mixers
 from workbench.models.teacher import VLM
@@ -141,7 +142,7 @@ class _Scan:
                 undo.callback(mixer.z_proj.register_forward_hook(self._keep_gate).remove)
             mixer._scan = self._keep_scan
             undo.callback(delattr, mixer, "_scan")
-            mixer.forward(*args, **kwargs | {"past_key_values": None})
+            mixer.forward(*args, **kwargs | {CACHE: None})
 
     def _keep_gate(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.z = output

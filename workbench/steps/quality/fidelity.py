@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from workbench.data import Texts
 from workbench.errors import WorkbenchError
+from workbench.models.cache import CACHE
 from workbench.models.families import decoder_layers, text_config
 from workbench.models.hybrid import mixers
 from workbench.models.prompts import position_limit
@@ -131,7 +132,7 @@ class _Ear:
         self.mixer, self.real, self.sums = mixer, None, torch.zeros(4, dtype=torch.float64)
 
     def __call__(self, attention: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
-        said, _ = self.mixer(*args, **kwargs | {"past_key_values": None})
+        said, _ = self.mixer(*args, **kwargs | {CACHE: None})
         ours, theirs = said[self.real].double(), output[0][self.real].double()
         products = ((ours - theirs, ours - theirs), (ours, ours), (theirs, theirs), (ours, theirs))
         self.sums += torch.stack([(a * b).sum() for a, b in products]).cpu()
