@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import workbench as wb
 from benchmarks.plain_step import PlainStep
+from workbench.mamba import kernels
 from workbench.steps.training.stages import RECIPES
 
 WAYS = ("plain", "matvlm", "align", "distill")
@@ -102,7 +103,8 @@ def measured(way: str, args: argparse.Namespace) -> dict:
 
         wb.distill(
             student, teacher, [{"input_ids": ids, "labels": ids}], recipe=[stage],
-            compile_layers=args.compile, on_step=on_step, log_every=args.warmup,
+            compile_layers=args.compile, graph_layers=args.graph, on_step=on_step,
+            log_every=args.warmup,
         )  # fmt: skip
         (seconds, mib) = ends[0]
     tokens = args.steps * args.batch * args.length
@@ -134,6 +136,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20, help="that count")
     parser.add_argument("--compile", action="store_true", help="every decoder layer, both ways")
+    parser.add_argument("--graph", action="store_true", help="CUDA graphs, not in the plain step")
+    parser.add_argument("--kernels", default="auto", help="of the scan; auto measures them first")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
@@ -145,6 +149,7 @@ def main() -> None:
     args = parsed()
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 64
+    kernels.use(args.kernels)
     if args.only:
         print(json.dumps(measured(args.only, args)))
         return

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench.mamba import ssd as plain
 from workbench.models.engine.decoder import AttentionPart, Block, Decoder, Matrix, MixerPart, Norm
 
 if TYPE_CHECKING:
@@ -158,11 +157,12 @@ def mix(
         C = normed_heads(part.C_norm, C, config.d_state)
         B = normed_heads(part.B_norm, B, config.d_state)
     xBC = _convolve(part, torch.cat([x, B, C], dim=-1), conv_state)
-    x, B, C = xBC.split(config.widths, dim=-1)
+    x, BC = xBC.split((config.widths[0], sum(config.widths[1:])), dim=-1)
     x = x.unflatten(-1, (-1, config.headdim))
-    B, C = (t.unflatten(-1, (-1, config.d_state)) for t in (B, C))
+    BC = BC.unflatten(-1, (-1, config.d_state))
     if config.rope:
-        B, C = rotate(B, cos, sin), rotate(C, cos, sin)
+        BC = rotate(BC, cos, sin)
+    B, C = BC.split((config.n_kv_heads, config.n_heads), dim=1)
     if config.scale is not None:
         C = C * config.scale
     repeats = config.n_heads // config.n_kv_heads
@@ -170,9 +170,7 @@ def mix(
         x, B = (t.repeat_interleave(repeats, dim=1) for t in (x, B))
     raw_dt = inward[3 if part.z is None else 4]
     dt = F.softplus(raw_dt.to(part.dt_bias.dtype) + part.dt_bias)
-    y, after = plain.ssd_step(x, dt, -torch.exp(part.A_log), B, C, state=ssm_state)
-    ssm_state.copy_(after)
-    y = (y + x * part.D[:, None]).flatten(1)
+    y = _advance(part, x, dt, B, C, ssm_state).flatten(1)
     if part.z is not None:
         y = y * F.silu(inward[3].to(y.dtype))
     if part.norm_weight is not None:
@@ -180,6 +178,18 @@ def mix(
         grouped = F.rms_norm(grouped, (config.group_size,), None, config.norm_eps)
         y = grouped.flatten(-2) * part.norm_weight.to(y.dtype)
     return y.to(x.dtype)
+
+
+def _advance(
+    part: MixerPart, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> Tensor:
+    """Advance the state in place, as `workbench.mamba.ssd.ssd_step` does, and read it."""
+    x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
+    decay = torch.exp(dt * -torch.exp(part.A_log))
+    state.mul_(decay[..., None, None])
+    state.addcmul_((x * dt[..., None])[..., None], B[..., None, :])
+    y = torch.matmul(state, C[..., None])[..., 0]
+    return torch.addcmul(y, x, part.D[:, None])
 
 
 def _convolve(part: MixerPart, new: Tensor, state: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
 """What the buttons do: plain functions from what stands in the page to what shall stand there."""
 
 import logging
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
 from time import monotonic
 from typing import NamedTuple
 
 import gradio as gr
+import torch
 
 from workbench.errors import WorkbenchError
 from workbench.models.generation import Answer, stream_answer
@@ -146,15 +150,29 @@ def _stream(
 ) -> Iterator[str]:
     """Yield the card of one model as it answers, and put every answer so far into `heard`."""
     vlm, shown_at = ready.vlm, 0.0
-    for answer in stream_answer(
+    answers = stream_answer(
         vlm, images, question, max_new_tokens=max_new_tokens, engine=ready.engine
-    ):
+    )
+    with _every_core():  # while a prompt is read there is nothing for the browser to draw
+        first = list(islice(answers, 1))
+    for answer in chain(first, answers):
         heard.append(answer)
         if monotonic() - shown_at > SECONDS_BETWEEN_UPDATES:
             yield cards.card(role, vlm, answer, "writing")
             shown_at = monotonic()
     if not heard:
         raise WorkbenchError(f"'{vlm.name}' gave no answer at all: ask differently.")
+
+
+@contextmanager
+def _every_core() -> Iterator[None]:
+    """Let torch have the core that `app.py` keeps free for the browser."""
+    few = torch.get_num_threads()
+    torch.set_num_threads(min(few + 1, os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(few)
 
 
 def read_all(pictures: list[tuple[str, str | None]] | None) -> tuple[list, list[str]]:
