@@ -21,7 +21,7 @@ notebooks: $(READY)    ## run every lesson again and keep what it shows (needs C
 	$(BIN)/python notebooks/build.py $(ONLY)
 
 test: $(READY)    ## install if needed, then run every test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2
 
 lint: $(READY)    ## what ruff says of style and imports
 	$(BIN)/ruff check .

@@ -134,12 +134,12 @@ def test_family_cache(family):
 def test_family_padding(family):
     for layers, options in CASES:
         model = tiny.student(family, layers, **options)
+        alone = [generate(model, tiny.questions(family, (i,))) for i in (0, 1)]
+        together = copy.copy(alone[0])
+        together.sequences = torch.cat([answer.sequences[:, -6:] for answer in alone])
+        both = zip(*(answer.logits for answer in alone), strict=True)
+        together.logits = [torch.cat(pair) for pair in both]
         for cache in ({}, STATIC):
-            alone = [generate(model, tiny.questions(family, (i,)), **cache) for i in (0, 1)]
-            together = copy.copy(alone[0])
-            together.sequences = torch.cat([answer.sequences[:, -6:] for answer in alone])
-            both = zip(*(answer.logits for answer in alone), strict=True)
-            together.logits = [torch.cat(pair) for pair in both]
             for filler in (tiny.PAD, tiny.N_SPECIAL):  # the mask alone must tell
                 batch = generate(model, tiny.questions(family, filler=filler), **cache)
                 assert_same(batch, together)

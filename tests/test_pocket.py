@@ -24,7 +24,8 @@ def teacher():
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["pocket", "easy-vqa"])
 def test_the_teacher_sees_and_reads(data, teacher):
-    result = wb.evaluate(teacher, data, limit=40)
+    # Five of each family: those with several pictures share a batch, and none is padded to them.
+    result = wb.evaluate(teacher, data, limit=40, batch_size=5)
     assert result.score >= 0.85, str(result)
 
 
