@@ -24,7 +24,7 @@ from workbench.views.figures import cache_figure
 
 MAX_PICTURES = 4
 MAX_QUESTION = 1000
-SECONDS_BETWEEN_UPDATES = 0.33  # drawing the page takes time from the model that answers
+SECONDS_BETWEEN_UPDATES = 0.25  # drawing the page takes time from the model that answers
 
 log = logging.getLogger(__name__)
 models = Models()
