@@ -61,7 +61,8 @@ def test_a_stopped_run_goes_on_bit_by_bit(teacher, unbroken, tmp_path, at):
     assert half.steps == at
     assert f"stopped before step {at + 1} of 12" in str(half)
     assert [path.name for path in tmp_path.glob("step-*")] == [f"step-{at:08d}"]
-    kept = json.loads((tmp_path / f"step-{at:08d}" / checkpoints.STATE).read_text())["state"]["seconds"]
+    state = tmp_path / f"step-{at:08d}" / checkpoints.STATE
+    kept = json.loads(state.read_text())["state"]["seconds"]
     student, run = train(teacher, folder=tmp_path, resume=True)
     assert not run.stopped
     assert run.steps == 12

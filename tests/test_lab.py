@@ -22,25 +22,14 @@ pytestmark = [
 
 PATIENCE_MS = 240_000  # two cores, shared
 OUTPUT = ".jp-OutputArea-output"
-SCORED = {
-    "def silence(": "",
-    "replace_scores = []": "replace_scores = [0.01 * (i + 1) for i in range(plan.n_layers)]",
-}
 
 
-def until(upto, instead=()):
-    """A lesson to the first cell whose source ends so, as its reader gets it.
-
-    What takes long and is run by test_notebooks.py, too, may have another source `instead`, told
-    by how it begins.
-    """
+def until(upto):
+    """A lesson to the first cell whose source ends so, as its reader gets it."""
     lesson = next(path for path in build.sources() if upto[0] in path.stem)
     notebook = build.write(lesson)
     last = next(i for i, c in enumerate(notebook.cells) if c.source.rstrip().endswith(upto[1]))
     notebook.cells = notebook.cells[: last + 1]
-    for begins, source in dict(instead).items():
-        (cell,) = (c for c in notebook.cells if c.source.startswith(begins))
-        cell.source = source
     return notebook
 
 
@@ -49,7 +38,7 @@ def lab(tmp_path_factory):
     """Start JupyterLab on copies of two lessons, with settings of its own."""
     home = tmp_path_factory.mktemp("lab")
     (home / "work").mkdir()
-    nbformat.write(until(("layers", "\npicker"), SCORED), home / "work" / "layers.ipynb")
+    nbformat.write(until(("layers", "\npicker")), home / "work" / "layers.ipynb")
     nbformat.write(until(("distilling", "\ndashboard")), home / "work" / "distilling.ipynb")
     for extension, name, settings in (
         ("apputils", "notification", {"fetchNews": "false", "checkForUpdates": False}),

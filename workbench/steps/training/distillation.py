@@ -64,7 +64,8 @@ def distill(
         seed: orders the samples.
         compile_layers: `torch.compile` every decoder layer (worth it for long runs on a GPU).
         graph_layers: record every decoder layer as CUDA graphs, once a shape: small models, which
-            wait for launches, train several times as fast. Takes a GPU and one process.
+            wait for launches, train several times as fast. Takes a GPU, one process and no
+            gradient checkpointing.
         on_step: called with each logged `StepRow`.
         log_every: steps between rows; each row is a mean over them.
         progress: draw a progress line.

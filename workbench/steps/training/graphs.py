@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from workbench.errors import WorkbenchError
 
@@ -59,17 +59,22 @@ class LayerGraphs:
             tuple(p.requires_grad for p in self.parameters.values()),
         )  # fmt: skip
         if key not in self.graphs:
-
-            def call(*tensors: Tensor) -> Any:
-                put = iter(tensors)
-                filled = [next(put) if t else c for t, c in zip(is_tensor, constants, strict=True)]
-                args, kwargs = tree_unflatten(filled, form)
-                own = dict(zip(self.parameters, put, strict=True))
-                with _reparametrize_module(self.layer, own):
-                    return self.forward(*args, **kwargs)
-
-            self.graphs[key] = self._recorded(call, given)
+            self.graphs[key] = self._recorded(self._of_tensors(is_tensor, constants, form), given)
         return self.graphs[key](*given, *self.parameters.values())
+
+    def _of_tensors(self, is_tensor: list[bool], constants: list, form: TreeSpec) -> Callable:
+        """The forward as a function of tensors alone: its arguments, then the parameters."""
+
+        def call(*tensors: Tensor) -> Any:
+            put = iter(tensors)
+            filled = [next(put) if t else c for t, c in zip(is_tensor, constants, strict=True)]
+            args, kwargs = tree_unflatten(filled, form)
+            own = dict(zip(self.parameters, put, strict=True))
+            # torch.func.functional_call would call the layer: hooks, and this object once more.
+            with _reparametrize_module(self.layer, own):
+                return self.forward(*args, **kwargs)
+
+        return call
 
     def _recorded(self, call: Callable, given: list[Tensor]) -> Callable:
         """The function as graphs of its forward and its backward.

@@ -61,17 +61,19 @@ class Loop:
         self.undo, self.model, self.device = undo, student.model, student.model.device
         self.processes, self.watch = Processes(), Watch()
         self.processes.check_device(self.device)
-        if graphed and (self.device.type != "cuda" or self.processes.count > 1):
+        recomputes = any(
+            getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
+        )
+        if graphed and (self.device.type != "cuda" or self.processes.count > 1 or recomputes):
             raise WorkbenchError(
-                "graph_layers=True needs a GPU, and one process: leave it out here."
+                "graph_layers=True needs a GPU, one process, and no gradient checkpointing: "
+                "leave it out here."
             )
         for p in self.model.parameters():
             undo.callback(p.requires_grad_, p.requires_grad)
         undo.callback(self.model.eval)
         # Gradient checkpointing works in training mode only, and is all that needs it.
-        self.model.train(
-            any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
-        )
+        self.model.train(recomputes)
         self.objective = Objective(student, teacher, undo, compiled=compiled, graphed=graphed)
         self.graphed = graphed
         self.trained = {

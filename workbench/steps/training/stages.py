@@ -39,7 +39,8 @@ class Stage:
         temperature: of the divergence, which is multiplied by its square.
         ce_weight: of the cross-entropy with the labels, in nats per answer token.
         hidden_weight: of the final hidden states, at every real position: ||student - teacher||^2
-            over ||teacher||^2, both summed over a batch's tokens.
+            over ||teacher||^2, both summed over a batch's tokens (TinyBERT, arXiv 1909.10351,
+            takes the squares as they are, of every layer).
         lr: peak learning rate of what was there before: q, k, v, o, projector, FFN.
         lr_new: peak learning rate of what Mamba-2 brought: z, dt, conv, A_log, dt_bias, D, norm.
         tokens: where the divergence is taken: "answers", the positions that predict an answer's
