@@ -113,7 +113,7 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
     # the whole (MOHAWK, arXiv 2408.10189; RADLADS, arXiv 2505.03005).
     "workbench": (
         Stage("align", 30, layer_weight=1.0, trains="mixers"),
-        Stage("distill", 70, kl_weight=1.0, hidden_weight=1.0),
+        Stage("distill", 70, kl_weight=1.0, temperature=2.0, hidden_weight=16.0),
     ),
 }
 
