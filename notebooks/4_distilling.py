@@ -88,7 +88,9 @@ for name, stages in RECIPES.items():
 # The workbench aligns every layer on its own first, which needs no logits and is robust, then
 # trains the whole by KL, and by how far the final hidden states are from the teacher's: a share, 0
 # where they agree, at every token and not only where an answer is given. That order is MOHAWK's
-# ([arXiv 2408.10189](https://arxiv.org/abs/2408.10189)).
+# ([arXiv 2408.10189](https://arxiv.org/abs/2408.10189)). Its KL has a *temperature* of 2: both
+# models' logits are halved first, so that what the teacher holds likely beside its first choice
+# weighs more ([arXiv 1503.02531](https://arxiv.org/abs/1503.02531)).
 #
 # **Exercise 2.** Make a recipe of two stages: `"align"`, 4 steps with a layer loss of weight 1
 # that trains the mixers only, and `"distill"`, 8 steps with a KL of weight 1. Use `wb.Stage`.

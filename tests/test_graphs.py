@@ -81,18 +81,25 @@ def test_without_a_gpu_graphs_are_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_graphs_train_to_the_same_weights(accumulate):
+def test_graphs_train_each_tensor_the_same_way(accumulate):
     teacher = tiny.vlm()
     teacher.model.cuda()
-    weights = []
+    start = tensors(convert(teacher, PLAN, init="matvlm"))
+    runs = []
     for graphed in (False, True):
         student = convert(teacher, PLAN, init="matvlm")
         run = distill(
             student, teacher, samples(4), recipe=STAGES, batch_size=2, accumulate=accumulate,
             graph_layers=graphed,
         )  # fmt: skip
-        weights.append((run.rows[-1].loss, tensors(student)))
-    (eager_loss, eager), (loss, found) = weights
+        runs.append((run.rows[-1].loss, tensors(student)))
+    (eager_loss, eager), (loss, found) = runs
     assert loss == pytest.approx(eager_loss, rel=2e-2)
+    # AdamW's first steps are signs: an element whose gradient is rounding may go either way, so
+    # what is compared is where each tensor went.
     for name, tensor in eager.items():
-        torch.testing.assert_close(found[name], tensor, rtol=5e-2, atol=2e-3)
+        went, ours = ((at[name] - start[name]).float().flatten() for at in (eager, found))
+        if went.norm() > 0:
+            assert torch.cosine_similarity(went, ours, dim=0) > 0.9, name
+        else:
+            assert torch.equal(found[name], tensor), name

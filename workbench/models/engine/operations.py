@@ -134,12 +134,14 @@ def rotated(
 
 
 def rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first channels of (batch, heads, headdim) by position; sin carries its sign."""
-    width = cos.shape[-1]
-    turned = t[..., :width]
-    swapped = turned.roll(width // 2, -1)
-    turned = torch.addcmul(turned * cos, swapped, sin)
-    return turned if width == t.shape[-1] else torch.cat([turned, t[..., width:]], dim=-1)
+    """Rotate the first channels of (batch, heads, headdim) by position, in place.
+
+    sin carries its sign.
+    """
+    turned = t[..., : cos.shape[-1]]
+    swapped = turned.roll(cos.shape[-1] // 2, -1)
+    turned.mul_(cos).addcmul_(swapped, sin)
+    return t
 
 
 def mix(
@@ -175,7 +177,8 @@ def mix(
         y = y * F.silu(inward[3].to(y.dtype))
     if part.norm_weight is not None:
         grouped = y.unflatten(-1, (-1, config.group_size))
-        grouped = F.rms_norm(grouped, (config.group_size,), None, config.norm_eps)
+        squares = grouped.square().mean(-1, keepdim=True)
+        grouped = grouped * squares.add_(config.norm_eps).rsqrt_()
         y = grouped.flatten(-2) * part.norm_weight.to(y.dtype)
     return y.to(x.dtype)
 
@@ -184,19 +187,23 @@ def _advance(
     part: MixerPart, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor
 ) -> Tensor:
     """Advance the state in place, as `workbench.mamba.ssd.ssd_step` does, and read it."""
-    x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
+    if x.dtype != state.dtype:  # asked first: on a CPU even a cast to itself takes its time
+        x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
     decay = torch.exp(dt * -torch.exp(part.A_log))
     state.mul_(decay[..., None, None])
     state.addcmul_((x * dt[..., None])[..., None], B[..., None, :])
-    y = torch.matmul(state, C[..., None])[..., 0]
+    # A product of matrices would wake all threads of a CPU, for too little to share.
+    y = torch.linalg.vecdot(state, C[..., None, :])
     return torch.addcmul(y, x, part.D[:, None])
 
 
 def _convolve(part: MixerPart, new: Tensor, state: Tensor) -> Tensor:
     window = torch.cat([state, new[..., None]], dim=-1)  # (batch, channels, d_conv)
     state.copy_(window[..., 1:])
-    high = torch.promote_types(new.dtype, torch.float32)
-    y = (window.to(high) * part.conv_weight.to(high)).sum(-1) + part.conv_bias.to(high)
+    weight, bias = part.conv_weight, part.conv_bias
+    if new.dtype.itemsize < 4:
+        window, weight, bias = (t.float() for t in (window, weight, bias))
+    y = (window * weight).sum(-1) + bias
     return (F.silu(y) if part.config.conv_activation == "silu" else y).to(new.dtype)
 
 
