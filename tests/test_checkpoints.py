@@ -173,6 +173,7 @@ def test_a_checkpoint_of_something_else_is_refused(teacher, tmp_path):
     told("its stages is", recipe="matvlm")
     told(r"its batches is \[3, 1, null, 1\], not \[2, 1", batch_size=2)
     told("its seed is 0, not 1", seed=1)
+    told("its bf16 is null, not true", bf16=True)
     (tmp_path / "file").write_text("")
     told("is a file; name a folder", folder=tmp_path / "file")
     assert sorted(path.name for path in tmp_path.rglob("*") if path.name != "file") == before

@@ -188,6 +188,16 @@ def test_the_hidden_loss_is_a_share_of_the_teachers_final_states(teacher, studen
     assert "hidden loss" in str(run)
 
 
+def test_bfloat16_is_another_precision_of_the_same_training(teacher):
+    exact, rounded = (
+        train(teacher, samples(4), 4, batch_size=2, bf16=bf16)[1].rows[-1] for bf16 in (None, True)
+    )
+    for name in ("layer_loss", "kl_nats"):
+        wanted, found = getattr(exact, name), getattr(rounded, name)
+        assert found != wanted
+        assert found == pytest.approx(wanted, rel=5e-2)
+
+
 def test_losses_are_means_over_tokens(teacher):
     batch = collate(teacher, samples(4))
     twice = {name: torch.cat([tensor, tensor]) for name, tensor in batch.items()}

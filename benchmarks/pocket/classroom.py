@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=220)
     parser.add_argument("--batch", type=int, default=4, help="pictures a step")
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--bf16", action="store_true", help="of a CPU that multiplies it itself")
     parser.add_argument("--limit", type=int, default=160, help="held-out questions of each score")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
@@ -50,6 +51,7 @@ def main() -> None:
     before, began = scored(student, args), time.perf_counter()
     run = wb.distill(
         student, teacher, data, recipe=args.recipe, steps=args.steps, lr=args.lr, seed=args.seed,
+        bf16=args.bf16,
         log_every=max(1, args.steps // 20), on_step=lambda row: print(row, flush=True),
     )  # fmt: skip
     seconds = time.perf_counter() - began

@@ -27,7 +27,7 @@ LAYERS = {"ratio": float, "method": str, "layers": list, "init": str}
 DATA = {"name": str, "split": str, "limit": int, "seed": int, "images": str}
 TRAINING = {
     "recipe": str, "steps": int, "batch_size": int, "lr": float, "accumulate": int,
-    "max_length": int, "seed": int, "compile_layers": bool, "graph_layers": bool,
+    "max_length": int, "seed": int, "compile_layers": bool, "graph_layers": bool, "bf16": bool,
     "log_every": int, "save_every": int, "folder": str, "resume": bool,
 }  # fmt: skip
 SETTINGS = WHERE_FROM | LAYERS | {"data": (str, dict), "stages": list, "track": str} | TRAINING

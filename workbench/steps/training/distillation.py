@@ -33,6 +33,7 @@ def distill(
     seed: int = 0,
     compile_layers: bool = False,
     graph_layers: bool = False,
+    bf16: bool | None = None,
     on_step: Callable[[StepRow], None] | None = None,
     log_every: int = 1,
     progress: bool = False,
@@ -43,9 +44,9 @@ def distill(
 ) -> Run:
     """Train `student` in place towards `teacher`, which is not changed.
 
-    AdamW (betas 0.9, 0.95), gradients clipped to norm 1, bfloat16 autocast on a GPU. Dropout stays
-    off: it would only blur what the student is compared with. In several processes (`accelerate
-    launch`) each reads its own batches, and gradients are means over all of them.
+    AdamW (betas 0.9, 0.95), gradients clipped to norm 1. Dropout stays off: it would only blur what
+    the student is compared with. In several processes (`accelerate launch`) each reads its own
+    batches, and gradients are means over all of them.
 
     Args:
         student: a hybrid from `convert`.
@@ -66,6 +67,8 @@ def distill(
         graph_layers: record every decoder layer as CUDA graphs, once a shape: small models, which
             wait for launches, train several times as fast. Takes a GPU, one process and no
             gradient checkpointing.
+        bf16: bfloat16 autocast, of forward and backward only; None is on a GPU, but not on a CPU,
+            where it pays if the processor multiplies bfloat16 itself (AVX-512 BF16, AMX).
         on_step: called with each logged `StepRow`.
         log_every: steps between rows; each row is a mean over them.
         progress: draw a progress line.
@@ -93,7 +96,9 @@ def distill(
         batch_size, accumulate, max_length, seed, log_every, every, on_step, stop, progress
     )
     with ExitStack() as undo:
-        loop = Loop(student, teacher, data, stages, options, undo, compile_layers, graph_layers)
+        loop = Loop(
+            student, teacher, data, stages, options, undo, compile_layers, graph_layers, bf16
+        )
         if folder is not None:
             loop.keep_in(folder, resume)
         return loop.run()

@@ -56,6 +56,7 @@ class Loop:
     def __init__(
         self, student: VLM, teacher: VLM, data: Iterable, stages: tuple[Stage, ...],
         options: Options, undo: ExitStack, compiled: bool, graphed: bool = False,
+        bf16: bool | None = None,
     ):  # fmt: skip
         self.vlm, self.data, self.stages, self.options = student, data, stages, options
         self.undo, self.model, self.device = undo, student.model, student.model.device
@@ -74,8 +75,10 @@ class Loop:
         undo.callback(self.model.eval)
         # Gradient checkpointing works in training mode only, and is all that needs it.
         self.model.train(recomputes)
-        self.objective = Objective(student, teacher, undo, compiled=compiled, graphed=graphed)
-        self.graphed = graphed
+        self.objective = Objective(
+            student, teacher, undo, compiled=compiled, graphed=graphed, bf16=bf16
+        )
+        self.graphed, self.bf16 = graphed, bf16
         self.trained = {
             name: p for stage in stages
             for name, p in trained_parameters(student, stage.trains).items()
@@ -100,6 +103,7 @@ class Loop:
             "stages": [stage.to_dict() for stage in self.stages],
             "batches": [o.batch_size, o.accumulate, o.max_length, self.processes.count],
             "seed": o.seed,
+            "bf16": self.bf16,
             "shapes": {name: list(p.shape) for name, p in self.trained.items()},
         }
         store = Checkpoints(folder, same, writes=self.processes.rank == 0)

@@ -58,14 +58,16 @@ class Objective(nn.Module):
         undo: takes hooks off again when the run ends.
         compiled: `torch.compile` every decoder layer of both.
         graphed: record every decoder layer of both as CUDA graphs.
+        bf16: compute in bfloat16 where autocast allows it; None is on a GPU.
     """
 
     def __init__(
         self, student: VLM, teacher: VLM, undo: ExitStack, *, compiled: bool = False,
-        graphed: bool = False,
+        graphed: bool = False, bf16: bool | None = None,
     ):  # fmt: skip
         super().__init__()
         self.student = student.model
+        self.bf16 = self.student.device.type == "cuda" if bf16 is None else bf16
         self._teacher = (teacher.model,)  # in a tuple: no submodule, nothing to train or to move
         self.stage: Stage | None = None  # set before the first batch
         self.n_mamba = len(student.plan.mamba_layers)
@@ -121,7 +123,7 @@ class Objective(nn.Module):
         total, parts = torch.zeros((), device=device), torch.zeros(2, device=device)
         hidden, layers = total.clone(), torch.zeros(self.n_mamba, device=device)
         with torch.autocast(
-            device.type, torch.bfloat16, enabled=device.type == "cuda",
+            device.type, torch.bfloat16, enabled=self.bf16,
             cache_enabled=not self.graphed,  # a graph casts for itself
         ):  # fmt: skip
             theirs = self._teacher_states(inputs)
