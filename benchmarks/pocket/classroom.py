@@ -51,8 +51,8 @@ def main() -> None:
     before, began = scored(student, args), time.perf_counter()
     run = wb.distill(
         student, teacher, data, recipe=args.recipe, steps=args.steps, lr=args.lr, seed=args.seed,
-        bf16=args.bf16,
-        log_every=max(1, args.steps // 20), on_step=lambda row: print(row, flush=True),
+        bf16=args.bf16, log_every=max(1, args.steps // 20),
+        on_step=lambda row: print(row, flush=True),
     )  # fmt: skip
     seconds = time.perf_counter() - began
     after = scored(student, args)
