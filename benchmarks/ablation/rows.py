@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import workbench as wb
@@ -16,6 +16,16 @@ from workbench.steps.training.stages import RECIPES, plan_stages, stage_from_dic
 KEPT = {"rope": True, "bias": True}
 DEFAULT, PAPER = "calibrated", "matvlm, paper's recipe"
 ALIGNED = "aligned"  # the init that needs a donor
+OURS = "workbench"
+_ALIGN, _DISTILL = RECIPES[OURS]
+# Our recipe with one thing at a time taken away.
+LESS = {
+    f"{OURS} - align": (replace(_DISTILL, steps=100),),
+    f"{OURS} - hidden": (_ALIGN, replace(_DISTILL, hidden_weight=0.0)),
+    f"{OURS} - temperature": (_ALIGN, replace(_DISTILL, temperature=1.0)),
+    f"{OURS} - KL": (_ALIGN, replace(_DISTILL, kl_weight=0.0)),
+}
+KNOWN = RECIPES | LESS
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class Row:
     name: str
     init: str = DEFAULT  # or "aligned"
     options: dict = field(default_factory=dict)
-    recipe: str = "workbench"
+    recipe: str = OURS
     placement: str = "even"
     against: str = ""  # the row that differs from it in one thing
     stages: tuple[dict, ...] = ()  # of `Stage`, in place of the recipe
@@ -36,7 +46,7 @@ class Row:
     trained: bool = True  # else only what it starts with is measured
 
     def __post_init__(self) -> None:
-        choices = {"init": (*INITS, ALIGNED), "recipe": RECIPES, "placement": METHODS}
+        choices = {"init": (*INITS, ALIGNED), "recipe": KNOWN, "placement": METHODS}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise wb.WorkbenchError(
@@ -61,7 +71,7 @@ class Row:
 
     def planned(self, args: argparse.Namespace) -> tuple[wb.Stage, ...]:
         """The stages that it trains with."""
-        stages = tuple(map(stage_from_dict, self.stages)) or RECIPES[self.recipe]
+        stages = tuple(map(stage_from_dict, self.stages)) or KNOWN[self.recipe]
         lr = self.lr or (None if self.stages else args.lr)
         return plan_stages(stages, self.n_steps(args), lr)
 
@@ -79,11 +89,13 @@ ROWS = (
     Row("mixer", "matvlm + rope + bias", "matvlm", KEPT, against="matvlm"),
     # The calibrated start with one thing at a time taken away.
     Row("mixer", "calibrated - rope", options={"rope": False}, against=DEFAULT),
+    Row("mixer", "calibrated - bias", options={"bias": False}, against=DEFAULT),
     Row("mixer", "calibrated - SiLU", options={"conv_activation": None}, against=DEFAULT),
     Row("mixer", "calibrated - convolution", options={"d_conv": 1}, against=DEFAULT),
     Row("mixer", "calibrated - gate", options={"gate": False}, against=DEFAULT),
     Row("mixer", "calibrated - norm", options={"norm": False}, against=DEFAULT),
     Row("recipe", "calibrated, paper's recipe", recipe="matvlm", against=DEFAULT),
+    *(Row("recipe", name, recipe=name, against=DEFAULT) for name in LESS),
     Row("placement", "replace-one", ALIGNED, placement="replace-one", against="aligned"),
     Row("placement", "leave-one-in", ALIGNED, placement="leave-one-in", against="aligned"),
     Row("placement", "greedy", ALIGNED, placement="greedy", against="aligned"),
@@ -178,10 +190,11 @@ def _built_in(args: argparse.Namespace) -> Iterator[Job]:
     if args.on_text:
         yield from _all("train", pair, others, seeds)
         yield from _all("start", [BY_NAME["aligned"]], ratios, seeds)
-    yield from _all("train", ingredients, [middle], seeds)
-    if not args.on_text:
-        placed = [BY_NAME["aligned"], *(row for row in ROWS if row.group == "placement")]
-        yield from _all("train", placed, args.placement_ratios, seeds)
+    placed = [BY_NAME["aligned"], *(row for row in ROWS if row.group == "placement")]
+    for seed in seeds:  # all of one seed, then of the next
+        yield from _all("train", ingredients, [middle], [seed])
+        if not args.on_text:
+            yield from _all("train", placed, args.placement_ratios, [seed])
     yield from _all("train", ingredients, others, seeds)
 
 
