@@ -193,8 +193,7 @@ def _built_in(args: argparse.Namespace) -> Iterator[Job]:
     placed = [BY_NAME["aligned"], *(row for row in ROWS if row.group == "placement")]
     for seed in seeds:  # all of one seed, then of the next
         yield from _all("train", ingredients, [middle], [seed])
-        if not args.on_text:
-            yield from _all("train", placed, args.placement_ratios, [seed])
+        yield from _all("train", placed, args.placement_ratios, [seed])
     yield from _all("train", ingredients, others, seeds)
 
 

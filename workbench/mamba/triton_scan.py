@@ -147,7 +147,9 @@ def mix(
 def default_tiles(headdim: int, d_state: int, dtype: torch.dtype) -> Tiles:
     """Choose tiles by what fits into registers and shared memory."""
     if dtype == torch.float32:
-        return Tiles(warps=8, stages=1, state_chunk=32, state_warps=8, state_stages=1)
+        # Four warps: eight share a chunk of 64 rows by columns, and from Triton 3.6 half of them
+        # then take the address of a tile from where another lies in shared memory.
+        return Tiles(stages=1, state_chunk=32, state_stages=1)
     if headdim * d_state > 96 * 96:
         return Tiles(warps=8, state_warps=8)
     return Tiles()
