@@ -12,6 +12,7 @@ from trainees import PLAN, samples, tensors
 
 from workbench.errors import WorkbenchError
 from workbench.steps.conversion.initialization import convert
+from workbench.steps.training import parallel, sharding
 from workbench.steps.training.distillation import Stage, distill
 from workbench.steps.training.parallel import Processes, own_device
 
@@ -44,39 +45,57 @@ def apart(one, other):
     return norm(one, other) / norm(other, start)
 
 
-def train_as(rank, count, port, folder, tell):
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def train_as(rank, count, port, folder, tell, options, more):
     environment = {
         "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
-    os.environ |= {name: str(value) for name, value in environment.items()}
+    os.environ |= {name: str(value) for name, value in (environment | more).items()}
     torch.set_num_threads(1)
-    weights, run = train(2, folder=folder)
+    cut, held = sharding.shard, []
+
+    def shard(objective, trainee, mesh):
+        n = sum(p.numel() for p in trainee.model.parameters())
+        cut(objective, trainee, mesh)
+        held.append(sum(p.to_local().numel() for p in trainee.model.parameters()) / n)
+
+    sharding.shard = shard
+    weights, run = train(**{"batch_size": 2, "folder": folder} | options)
     torch.save((weights, run.rows), folder / f"rank-{rank}.pt")
-    tell.send(Processes().count)
+    tell.send((Processes().count, *held))
 
 
-def test_two_processes_do_what_one_does_with_the_joint_batch(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+def train_in_two(folder, options=None, more=None):
+    """Both processes' weights and rows, and what they know of each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_parallel"])
     hear, tell = context.Pipe(duplex=False)
-    both = [
-        context.Process(target=train_as, args=(rank, 2, port, tmp_path, tell)) for rank in (0, 1)
-    ]
+    given = port, folder, tell, options or {}, more or {}
+    both = [context.Process(target=train_as, args=(rank, 2, *given)) for rank in (0, 1)]
     for process in both:
         process.start()
     for process in both:
         process.join(120)
     assert [process.exitcode for process in both] == [0, 0]
-    assert hear.recv() == hear.recv() == 2
-    (first, rows), (second, others) = (
-        torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)
-    )
+    for count, *held in (hear.recv(), hear.recv()):
+        assert count == 2
+        assert held == ([pytest.approx(0.5, abs=0.02)] if more else [])
+    return (torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 1, "accumulate": 2}], ids=["", "in parts"])
+@pytest.mark.parametrize("more", [{}, SHARDED], ids=["DDP", "FSDP2"])
+def test_two_processes_do_what_one_does_with_the_joint_batch(more, options, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    (first, rows), (second, others) = train_in_two(tmp_path, options, more)
     whole, run = train(4)
+    assert first.keys() == whole.keys()
     for name, weight in first.items():
         assert torch.equal(weight, second[name]), name
     assert apart(first, whole) < 0.02
@@ -85,6 +104,43 @@ def test_two_processes_do_what_one_does_with_the_joint_batch(tmp_path, monkeypat
         assert row.layer_losses == pytest.approx(alone.layer_losses, rel=1e-4)
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000006"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_sharded_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    for name in ("unbroken", "stopped"):
+        (tmp_path / name).mkdir()
+    (unbroken, _), _ = train_in_two(tmp_path / "unbroken", more=SHARDED)
+    folder = tmp_path / "stopped"
+    (early, rows), _ = train_in_two(folder, {"stop": Stops(4)}, SHARDED)
+    assert rows[-1].step == 4
+    (late, rows), _ = train_in_two(folder, {"resume": True}, SHARDED)
+    assert rows[-1].step == 6
+    for name, weight in unbroken.items():
+        assert torch.equal(weight, late[name]), name
+    assert not all(torch.equal(early[name], weight) for name, weight in late.items())
+
+
+class Stops:
+    """True from the n-th time it is asked."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __call__(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+def test_sharding_says_what_it_cannot_do(monkeypatch):
+    student = convert(tiny.vlm(), PLAN, init="matvlm")
+    student.model.get_output_embeddings().to(torch.bfloat16)
+    with pytest.raises(WorkbenchError, match="has bfloat16 and float32: load it with"):
+        sharding.double(student)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(WorkbenchError, match="choose --fsdp_version 2"):
+        parallel._asked_to_shard()
 
 
 def test_accumulated_batches_count_as_one():

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from workbench.errors import WorkbenchError
 from workbench.steps.training.runs import StepRow
+from workbench.steps.training.sharding import part_of
 
 WEIGHTS, TRAINING, STATE, METRICS = (
     "weights.safetensors", "training.safetensors", "state.json", "metrics.jsonl"
@@ -203,9 +204,11 @@ def restore_training(
                 put(value)
         elif name in trained:
             p = trained[name]
-            beside = entry != "step" or optimizer.defaults.get("fused")
-            place = p.device if beside else value.device
-            optimizer.state[p][entry] = value.to(place)
+            if entry != "step":
+                value = part_of(value, p)
+            elif optimizer.defaults.get("fused"):
+                value = value.to(p.device)
+            optimizer.state[p][entry] = value
 
 
 def _to_disk(path: Path) -> None:

@@ -46,7 +46,7 @@ def distill(
 
     AdamW (betas 0.9, 0.95), gradients clipped to norm 1. Dropout stays off: it would only blur what
     the student is compared with. In several processes (`accelerate launch`) each reads its own
-    batches, and gradients are means over all of them.
+    batches, and gradients are means over all of them; with FSDP2 each trains a part of the student.
 
     Args:
         student: a hybrid from `convert`.

@@ -22,6 +22,7 @@ from workbench.steps.training.checkpoints import Checkpoints, restore_training, 
 from workbench.steps.training.objective import Objective, places
 from workbench.steps.training.parallel import Processes
 from workbench.steps.training.runs import Run, StepRow
+from workbench.steps.training.sharding import give_back, part_of, whole
 from workbench.steps.training.stages import Stage, parameter_groups, trained_parameters
 from workbench.steps.training.watch import Watch
 
@@ -58,30 +59,38 @@ class Loop:
         options: Options, undo: ExitStack, compiled: bool, graphed: bool = False,
         bf16: bool | None = None,
     ):  # fmt: skip
-        self.vlm, self.data, self.stages, self.options = student, data, stages, options
-        self.undo, self.model, self.device = undo, student.model, student.model.device
+        self.student, self.data, self.stages, self.options = student, data, stages, options
+        self.undo, self.device = undo, student.model.device
         self.processes, self.watch = Processes(), Watch()
         self.processes.check_device(self.device)
         recomputes = any(
-            getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
+            getattr(module, "gradient_checkpointing", False) for module in student.model.modules()
         )
+        if compiled and self.processes.shards:
+            raise WorkbenchError(
+                "compile_layers=True does not go with FSDP: leave one of them out."
+            )
         if graphed and (self.device.type != "cuda" or self.processes.count > 1 or recomputes):
             raise WorkbenchError(
                 "graph_layers=True needs a GPU, one process, and no gradient checkpointing: "
                 "leave it out here."
             )
-        for p in self.model.parameters():
+        for p in student.model.parameters():
             undo.callback(p.requires_grad_, p.requires_grad)
-        undo.callback(self.model.eval)
+        undo.callback(student.model.eval)
         # Gradient checkpointing works in training mode only, and is all that needs it.
-        self.model.train(recomputes)
+        student.model.train(recomputes)
+        self.vlm = self.processes.trainee(student, undo)
+        self.model = self.vlm.model
         self.objective = Objective(
-            student, teacher, undo, compiled=compiled, graphed=graphed, bf16=bf16
-        )
+            self.vlm, teacher, undo, compiled=compiled, graphed=graphed, bf16=bf16,
+            sharded=self.processes.shards,
+        )  # fmt: skip
+        self.processes.shard(self.objective, self.vlm, student)
         self.graphed, self.bf16 = graphed, bf16
         self.trained = {
             name: p for stage in stages
-            for name, p in trained_parameters(student, stage.trains).items()
+            for name, p in trained_parameters(self.vlm, stage.trains).items()
         }  # fmt: skip
         self.rows: list[StepRow] = []
         self.step, self.whole, self.n_tokens, self.n_cut = 0, sum(s.steps for s in stages), 0, 0
@@ -114,7 +123,7 @@ class Loop:
             return
         with torch.no_grad():
             for name, p in self.trained.items():
-                p.copy_(found.weights[name])
+                p.copy_(part_of(found.weights[name], p))
         state, self.rows, self.step = found.state, list(found.rows), found.step
         self.n_tokens, self.n_cut, self.n_summed = (
             state[name] for name in ("n_tokens", "n_cut", "n_summed")
@@ -147,6 +156,8 @@ class Loop:
                     self._save(stage, step)
                 if stopped:
                     break
+        if self.vlm is not self.student:
+            give_back(self.trained, self.student.model)
         return Run(
             self.vlm.name, tuple(self.rows), sum(p.numel() for p in self.trained.values()),
             self.stages, self.step, self._seconds(), self.n_tokens, self.n_cut, stopped,
@@ -196,7 +207,7 @@ class Loop:
                 total, part = self.module(batch, at, per_token)
                 total.backward()
             record = record + part
-        norm = nn.utils.clip_grad_norm_(self.training.values(), 1.0)
+        norm = whole(nn.utils.clip_grad_norm_(self.training.values(), 1.0))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.graphed)
         record = self.processes.sum(record) / self.processes.count
@@ -260,10 +271,13 @@ class Loop:
             "seconds": self._seconds(), "last_row_at": self.last_row_at,
             "sums": self.sums.tolist(),
         }  # fmt: skip
-        training = training_tensors(self.optimizer, self.training)
+        weights, training = (
+            self.processes.whole(tensors)
+            for tensors in (self.trained, training_tensors(self.optimizer, self.training))
+        )
         failed = None
         try:
-            self.store.save(self.step, self.trained, training, state)
+            self.store.save(self.step, weights, training, state)
         except WorkbenchError as error:
             failed = error
         if self.processes.any(failed is not None):

@@ -16,6 +16,7 @@ from workbench.models.teacher import VLM
 from workbench.steps.training.batches import Batch
 from workbench.steps.training.graphs import LayerGraphs
 from workbench.steps.training.losses import Divergence, at_once, divergence, token_losses
+from workbench.steps.training.sharding import outside_layers
 from workbench.steps.training.stages import Stage
 
 # What a batch holds beside the model's inputs.
@@ -59,11 +60,12 @@ class Objective(nn.Module):
         compiled: `torch.compile` every decoder layer of both.
         graphed: record every decoder layer of both as CUDA graphs.
         bf16: compute in bfloat16 where autocast allows it; None is on a GPU.
+        sharded: each process holds a part of the student.
     """
 
     def __init__(
         self, student: VLM, teacher: VLM, undo: ExitStack, *, compiled: bool = False,
-        graphed: bool = False, bf16: bool | None = None,
+        graphed: bool = False, bf16: bool | None = None, sharded: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.student = student.model
@@ -82,7 +84,7 @@ class Objective(nn.Module):
         for layer in (*layers, *decoder_layers(self.student)) if compiled else ():
             layer.forward = torch.compile(layer.forward, dynamic=False)
             undo.callback(delattr, layer, "forward")
-        self.graphed = graphed
+        self.graphed, self.sharded = graphed, sharded
         if graphed:
             self._graph_layers(layers, undo, forward_only=torch.cuda.graph_pool_handle())
             self._graph_layers(decoder_layers(self.student), undo)
@@ -141,6 +143,8 @@ class Objective(nn.Module):
                     value, parts = self._token_losses(ours, theirs, where, per_token)
                     total = total + value
         record = torch.cat((torch.stack((total, layers.mean(), *parts, hidden)), layers))
+        if self.sharded:  # all processes must reduce the same gradients, of zero if need be
+            total = total + sum(0 * p.sum() for p in outside_layers(self.student))
         return total, record.detach()
 
     def _teacher_states(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -169,7 +173,8 @@ class Objective(nn.Module):
                     got = _hidden(layer(*call[0], **call[1]))
                 return self._layer_loss(given, got, _hidden(output), real, per_token)
 
-            losses.append(at_once(loss, layer.parameters()))
+            # A sharded layer has its parameters only while it runs: its graph stays until the end.
+            losses.append(loss() if self.sharded else at_once(loss, layer.parameters()))
         return torch.stack(losses)
 
     def _layer_loss(
