@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import tiny
@@ -15,6 +16,7 @@ from workbench.models.hybrid import mixers
 from workbench.models.teacher import load, save
 from workbench.steps import headless
 from workbench.steps.headless import distill_from, read_settings
+from workbench.steps.training.checkpoints import layers_of
 from workbench.steps.training.stages import stage_from_dict
 from workbench.steps.training.trackers import track
 
@@ -73,6 +75,27 @@ def test_a_run_from_a_file_ends_in_a_model_that_loads(tmp_path, settings, capsys
     assert main([*command, "--limit", "3", "--device", "cpu", "--json", scores]) == 0
     assert json.loads((tmp_path / "scores.json").read_text())["n"] == 3
     assert "model on talk.json" in capsys.readouterr().out
+
+
+def test_layers_are_aligned_searched_and_found_again(settings, monkeypatch):
+    del settings["layers"]
+    settings |= {"align": 2, "method": "greedy", "ratio": 0.5}
+    unbroken = distill_from(settings | {"folder": settings["folder"] + "-unbroken"})
+    stopped = distill_from(settings, stop=iter([False, True]).__next__)
+    assert (unbroken.stopped, stopped.stopped, stopped.steps) == (False, True, 2)
+    folder = Path(settings["folder"])
+    layers = layers_of(folder)
+    assert len(layers) == tiny.N_LAYERS // 2
+
+    def asked(*_, **__):
+        raise AssertionError("asked again")
+
+    for name in ("align", "choose_layers"):
+        monkeypatch.setattr(headless, name, asked)
+    distill_from(settings | {"resume": True})
+    found, expected = load(folder / "model"), load(f"{folder}-unbroken/model")
+    assert found.plan.mamba_layers == layers
+    assert same(tensors(found), tensors(expected))
 
 
 def test_a_run_writes_for_tensorboard_too(tmp_path, settings):

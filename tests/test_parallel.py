@@ -65,7 +65,7 @@ def train_as(rank, count, port, folder, tell, options, more):
     sharding.shard = shard
     weights, run = train(**{"batch_size": 2, "folder": folder} | options)
     torch.save((weights, run.rows), folder / f"rank-{rank}.pt")
-    tell.send((Processes().count, *held))
+    tell.send((Processes().count, Processes().first([rank]), *held))
 
 
 def train_in_two(folder, options=None, more=None):
@@ -83,8 +83,8 @@ def train_in_two(folder, options=None, more=None):
     for process in both:
         process.join(120)
     assert [process.exitcode for process in both] == [0, 0]
-    for count, *held in (hear.recv(), hear.recv()):
-        assert count == 2
+    for count, first, *held in (hear.recv(), hear.recv()):
+        assert (count, first) == (2, [0])
         assert held == ([pytest.approx(0.5, abs=0.02)] if more else [])
     return (torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1))
 

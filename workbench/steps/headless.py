@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from workbench.errors import WorkbenchError
 from workbench.models.families import decoder_layers
 from workbench.models.plan import Plan
 from workbench.models.teacher import VLM, load, load_teacher, save
+from workbench.steps.conversion.alignment import align
 from workbench.steps.conversion.initialization import convert
 from workbench.steps.conversion.selection import choose_layers
+from workbench.steps.training.checkpoints import layers_of
 from workbench.steps.training.distillation import distill
 from workbench.steps.training.parallel import Processes, own_device
 from workbench.steps.training.runs import Run, StepRow
@@ -23,7 +26,7 @@ from workbench.steps.training.trackers import track
 
 # What a file of settings may say, and of what kind it is; `distill` says what most of it means.
 WHERE_FROM = {"teacher": str, "student": str, "device": str}
-LAYERS = {"ratio": float, "method": str, "layers": list, "init": str}
+LAYERS = {"ratio": float, "method": str, "layers": list, "init": str, "align": int}
 DATA = {"name": str, "split": str, "limit": int, "seed": int, "images": str}
 TRAINING = {
     "recipe": str, "steps": int, "batch_size": int, "lr": float, "accumulate": int,
@@ -31,6 +34,7 @@ TRAINING = {
     "log_every": int, "save_every": int, "folder": str, "resume": bool,
 }  # fmt: skip
 SETTINGS = WHERE_FROM | LAYERS | {"data": (str, dict), "stages": list, "track": str} | TRAINING
+ALIGNING = ("init", "batch_size", "lr", "seed", "graph_layers", "bf16")
 MODEL = "model"  # where in the run's folder the finished hybrid goes
 
 
@@ -65,8 +69,10 @@ def distill_from(
 
     Args:
         settings: from `read_settings`. `teacher`, `data` and `folder` must be there. Which layers
-            change is said by `layers`, or by `ratio` and `method`; `student` takes a hybrid that is
-            there already. `stages` stands for `recipe`. `track` is "tensorboard" or "trackio".
+            change is said by `layers`, or by `ratio` and `method`, which measures on `data`;
+            `student` takes a hybrid that is there already. `align` is steps in which a mixer for
+            every layer is aligned first, to search with and to start from. `stages` stands for
+            `recipe`. `track` is "tensorboard" or "trackio".
         on_step: as in `distill`.
         stop: as in `distill`.
         progress: as in `distill`.
@@ -84,11 +90,11 @@ def distill_from(
         given["recipe"] = [stage_from_dict(values) for values in settings["stages"]]
     device = settings.get("device", own_device())
     teacher = load_teacher(settings["teacher"], device=device)
-    student = _student(settings, teacher, device)
     data = settings["data"]
     if isinstance(data, str):
         data = {"name": data}
     samples = load_data(**{"split": "train"} | data)
+    student = _student(settings, teacher, samples, device)
     watchers = [on_step] if on_step else []
     if "track" in settings and Processes().rank == 0:
         watchers.append(track(settings["track"], Path(settings["folder"]).expanduser()))
@@ -101,7 +107,7 @@ def distill_from(
     return run
 
 
-def _student(settings: Mapping[str, Any], teacher: VLM, device: str) -> VLM:
+def _student(settings: Mapping[str, Any], teacher: VLM, samples: Iterable, device: str) -> VLM:
     if "student" in settings:
         chosen = [name for name in LAYERS if name in settings]
         if chosen:
@@ -109,15 +115,33 @@ def _student(settings: Mapping[str, Any], teacher: VLM, device: str) -> VLM:
                 f"The settings have a student and {chosen[0]}: a student has its layers already."
             )
         return load(settings["student"], device=device)
+    n_layers, plan, donor = len(decoder_layers(teacher.model)), None, None
     if "layers" in settings:
         if "ratio" in settings:
             raise WorkbenchError("The settings have layers and a ratio: keep one of them.")
-        plan = Plan(len(decoder_layers(teacher.model)), tuple(settings["layers"]))
-    else:
-        options = {name: settings[name] for name in ("ratio", "method") if name in settings}
-        plan = choose_layers(teacher, **options)
-    options = {"init": settings["init"]} if "init" in settings else {}
-    return convert(teacher, plan, seed=settings.get("seed", 0), **options)
+        plan = Plan(n_layers, tuple(settings["layers"]))
+    if settings.get("resume") and (begun := layers_of(settings["folder"])) and _prepared(settings):
+        plan = plan or Plan(n_layers, begun)  # what has been trained is in the checkpoint
+    elif "align" in settings:
+        options = {name: settings[name] for name in ALIGNING if name in settings}
+        donor = align(teacher, samples, steps=settings["align"], **options)
+    plan = plan or _chosen(settings, teacher, samples, donor)
+    init = {"init": donor} if donor else {k: settings[k] for k in ("init",) if k in settings}
+    return convert(teacher, plan, seed=settings.get("seed", 0), **init)
+
+
+def _prepared(settings: Mapping[str, Any]) -> bool:
+    """Whether something was measured or trained before the run began."""
+    return "align" in settings or settings.get("method", "even") != "even"
+
+
+def _chosen(
+    settings: Mapping[str, Any], teacher: VLM, samples: Iterable, donor: VLM | None
+) -> Plan:
+    options = {name: settings[name] for name in ("ratio", "method") if name in settings}
+    plan = choose_layers(teacher, data=samples, donor=donor, **options)
+    # On GPUs two processes may measure two things.
+    return replace(plan, mamba_layers=tuple(Processes().first(list(plan.mamba_layers))))
 
 
 def _check(settings: object, known: Mapping[str, Any], where: str) -> None:

@@ -24,6 +24,7 @@ def align(
     lr: float = 1e-3,
     seed: int = 0,
     graph_layers: bool = False,
+    bf16: bool | None = None,
     on_step: Callable[[StepRow], None] | None = None,
 ) -> VLM:
     """Train a mixer for every layer to stand in for its attention, all in one pass.
@@ -42,6 +43,7 @@ def align(
         lr: peak learning rate.
         seed: of the start, and of the order of the samples.
         graph_layers: as in `distill`.
+        bf16: as in `distill`.
         on_step: called with each `StepRow`.
 
     Returns:
@@ -57,6 +59,6 @@ def align(
     stage = Stage("align", steps, layer_weight=1.0, trains="mixers", lr=lr, lr_new=lr)
     distill(
         donor, teacher, data, recipe=[stage], batch_size=batch_size, seed=seed,
-        graph_layers=graph_layers, on_step=on_step,
+        graph_layers=graph_layers, bf16=bf16, on_step=on_step,
     )  # fmt: skip
     return donor

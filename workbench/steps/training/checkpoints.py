@@ -178,6 +178,15 @@ class Checkpoints:
         )
 
 
+def layers_of(folder: str | Path) -> tuple[int, ...] | None:
+    """The Mamba-2 layers of the run that a folder holds; None where there is none to read."""
+    found = sorted(Path(folder).expanduser().glob(f"step-*[0-9]/{STATE}"))
+    try:
+        return tuple(json.loads(found[-1].read_text())["run"]["plan"][1]) if found else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def training_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> dict:
     """AdamW's state by the names of parameters, and the random generators', as tensors."""
     names = {id(p): name for name, p in trained.items()}

@@ -97,6 +97,14 @@ class Processes:
         """Sum over processes."""
         return self._accelerator.reduce(tensor, "sum") if self._accelerator else tensor
 
+    def first(self, value: object) -> object:
+        """What the first process has, in all of them."""
+        if self._accelerator is None:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process."""
         if self._accelerator is None:
