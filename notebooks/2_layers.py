@@ -247,11 +247,11 @@ check(
 # questions that need few, and the judges are two descriptions; nobody asked about a flag.
 #
 # Does training level such differences? In the last column much of them is gone. But measured at
-# length, on a GPU and with half of the layers replaced, they come back: after the same thousand steps
-# the even plan was at 0.0096 nats an answer token, and one that was **searched** at 0.0008. In
-# SmolLM2, a language model, it was 0.43 and 0.24 after ten million tokens (README, *Where to put
-# Mamba-2*). The search takes mixers that were aligned first, replaces one layer at a time, always
-# the one that hurts least together with those before, and needs some minutes without a GPU:
+# length, on a GPU and with half of the layers replaced, they come back: after the same thousand
+# steps the even plan was at 0.0096 nats an answer token, and one that was **searched** at 0.0008.
+# In SmolLM2, a language model, it was 0.43 and 0.24 after ten million tokens (README, *Where to
+# put Mamba-2*). The search takes mixers that were aligned first, replaces one layer at a time,
+# always the one that hurts least together with those before, and takes some minutes without a GPU:
 #
 # ```python
 # aligned = wb.align(teacher, wb.load_data("pocket", split="train"), steps=300)
