@@ -81,7 +81,9 @@ def test_layers_are_aligned_searched_and_found_again(settings, monkeypatch):
     del settings["layers"]
     settings |= {"align": 2, "method": "greedy", "ratio": 0.5}
     unbroken = distill_from(settings | {"folder": settings["folder"] + "-unbroken"})
-    stopped = distill_from(settings, stop=iter([False, True]).__next__)
+    with pytest.raises(WorkbenchError, match="alignment was stopped after 1 of 2 steps"):
+        distill_from(settings, stop=lambda: True)
+    stopped = distill_from(settings, stop=iter([False, False, True]).__next__)
     assert (unbroken.stopped, stopped.stopped, stopped.steps) == (False, True, 2)
     folder = Path(settings["folder"])
     layers = layers_of(folder)
@@ -90,11 +92,13 @@ def test_layers_are_aligned_searched_and_found_again(settings, monkeypatch):
     def asked(*_, **__):
         raise AssertionError("asked again")
 
-    for name in ("align", "choose_layers"):
+    for name in ("align", "_chosen"):
         monkeypatch.setattr(headless, name, asked)
     distill_from(settings | {"resume": True})
     found, expected = load(folder / "model"), load(f"{folder}-unbroken/model")
-    assert found.plan.mamba_layers == layers
+    assert (found.plan.mamba_layers, found.plan.method) == (layers, "greedy")
+    with pytest.raises(WorkbenchError, match="holds a run with 2 Mamba-2 layers, and the ratio a"):
+        distill_from(settings | {"resume": True, "ratio": 0.25})
     assert same(tensors(found), tensors(expected))
 
 

@@ -45,7 +45,9 @@ def apart(one, other):
     return norm(one, other) / norm(other, start)
 
 
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+SHARDED = {  # as `accelerate launch --use_fsdp --fsdp_version 2` has them
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}  # fmt: skip
 
 
 def train_as(rank, count, port, folder, tell, options, more):

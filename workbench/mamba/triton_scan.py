@@ -147,8 +147,8 @@ def mix(
 def default_tiles(headdim: int, d_state: int, dtype: torch.dtype) -> Tiles:
     """Choose tiles by what fits into registers and shared memory."""
     if dtype == torch.float32:
-        # Never eight warps, which split 64 rows by columns: what Triton 3.6 compiles from that reads
-        # outside of shared memory (on an H100, with tiles of 16) or is wrong (40 by 128).
+        # Never eight warps, which split 64 rows by columns: Triton 3.6 then reads outside of shared
+        # memory (on an H100, with tiles of 16), or is wrong (40 by 128).
         return Tiles(stages=1, state_chunk=32, state_stages=1)
     if headdim * d_state > 96 * 96:
         return Tiles(warps=8, state_warps=8)

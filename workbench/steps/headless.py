@@ -34,7 +34,9 @@ TRAINING = {
     "log_every": int, "save_every": int, "folder": str, "resume": bool,
 }  # fmt: skip
 SETTINGS = WHERE_FROM | LAYERS | {"data": (str, dict), "stages": list, "track": str} | TRAINING
-ALIGNING = ("init", "batch_size", "lr", "seed", "graph_layers", "bf16")
+ALIGNING = (
+    "init", "batch_size", "accumulate", "max_length", "lr", "seed", "graph_layers", "bf16",
+)  # fmt: skip
 MODEL = "model"  # where in the run's folder the finished hybrid goes
 
 
@@ -94,7 +96,7 @@ def distill_from(
     if isinstance(data, str):
         data = {"name": data}
     samples = load_data(**{"split": "train"} | data)
-    student = _student(settings, teacher, samples, device)
+    student = _student(settings, teacher, samples, device, stop)
     watchers = [on_step] if on_step else []
     if "track" in settings and Processes().rank == 0:
         watchers.append(track(settings["track"], Path(settings["folder"]).expanduser()))
@@ -107,7 +109,10 @@ def distill_from(
     return run
 
 
-def _student(settings: Mapping[str, Any], teacher: VLM, samples: Iterable, device: str) -> VLM:
+def _student(
+    settings: Mapping[str, Any], teacher: VLM, samples: Iterable, device: str,
+    stop: Callable[[], bool] | None,
+) -> VLM:  # fmt: skip
     if "student" in settings:
         chosen = [name for name in LAYERS if name in settings]
         if chosen:
@@ -120,11 +125,12 @@ def _student(settings: Mapping[str, Any], teacher: VLM, samples: Iterable, devic
         if "ratio" in settings:
             raise WorkbenchError("The settings have layers and a ratio: keep one of them.")
         plan = Plan(n_layers, tuple(settings["layers"]))
-    if settings.get("resume") and (begun := layers_of(settings["folder"])) and _prepared(settings):
-        plan = plan or Plan(n_layers, begun)  # what has been trained is in the checkpoint
+    begun = _begun(settings, teacher) if settings.get("resume") and _prepared(settings) else None
+    if begun:
+        plan = plan or begun  # what has been trained is in the checkpoint
     elif "align" in settings:
         options = {name: settings[name] for name in ALIGNING if name in settings}
-        donor = align(teacher, samples, steps=settings["align"], **options)
+        donor = align(teacher, samples, steps=settings["align"], stop=stop, **options)
     plan = plan or _chosen(settings, teacher, samples, donor)
     init = {"init": donor} if donor else {k: settings[k] for k in ("init",) if k in settings}
     return convert(teacher, plan, seed=settings.get("seed", 0), **init)
@@ -133,6 +139,21 @@ def _student(settings: Mapping[str, Any], teacher: VLM, samples: Iterable, devic
 def _prepared(settings: Mapping[str, Any]) -> bool:
     """Whether something was measured or trained before the run began."""
     return "align" in settings or settings.get("method", "even") != "even"
+
+
+def _begun(settings: Mapping[str, Any], teacher: VLM) -> Plan | None:
+    """The plan of the run that is there, which is neither aligned for nor searched again."""
+    layers = Processes().first(layers_of(settings["folder"]))
+    if layers is None:
+        return None
+    even = choose_layers(teacher, ratio=settings.get("ratio"))
+    if "layers" not in settings and len(layers) != len(even.mamba_layers):
+        raise WorkbenchError(
+            f"{settings['folder']} holds a run with {len(layers)} Mamba-2 layers, and the ratio "
+            f"asks for {len(even.mamba_layers)}: name another folder, or keep the ratio."
+        )
+    method = settings.get("method", "even")
+    return Plan(even.n_layers, layers, method, "as when the run was begun")
 
 
 def _chosen(

@@ -179,12 +179,18 @@ class Checkpoints:
 
 
 def layers_of(folder: str | Path) -> tuple[int, ...] | None:
-    """The Mamba-2 layers of the run that a folder holds; None where there is none to read."""
+    """The Mamba-2 layers of the run that a folder holds; None where there is none.
+
+    Raises:
+        WorkbenchError: its last checkpoint is damaged.
+    """
     found = sorted(Path(folder).expanduser().glob(f"step-*[0-9]/{STATE}"))
     try:
         return tuple(json.loads(found[-1].read_text())["run"]["plan"][1]) if found else None
-    except (OSError, ValueError, KeyError):
-        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise WorkbenchError(
+            f"The checkpoint {found[-1].parent} cannot be read: {error}."
+        ) from error
 
 
 def training_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> dict:

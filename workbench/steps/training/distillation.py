@@ -46,7 +46,8 @@ def distill(
 
     AdamW (betas 0.9, 0.95), gradients clipped to norm 1. Dropout stays off: it would only blur what
     the student is compared with. In several processes (`accelerate launch`) each reads its own
-    batches, and gradients are means over all of them; with FSDP2 each trains a part of the student.
+    batches, and gradients are means over all of them; with FSDP2 each trains a part of the student,
+    which needs weights of one dtype and, should the run fail, stays as it was.
 
     Args:
         student: a hybrid from `convert`.
@@ -63,7 +64,8 @@ def distill(
         accumulate: batches of one step.
         max_length: tokens after which samples are cut; None is the model's own limit.
         seed: orders the samples.
-        compile_layers: `torch.compile` every decoder layer (worth it for long runs on a GPU).
+        compile_layers: `torch.compile` every decoder layer (worth it for long runs on a GPU; not
+            with FSDP).
         graph_layers: record every decoder layer as CUDA graphs, once a shape: small models, which
             wait for launches, train several times as fast. Takes a GPU, one process and no
             gradient checkpointing.

@@ -23,7 +23,12 @@ from workbench.steps.training.objective import Objective, places
 from workbench.steps.training.parallel import Processes
 from workbench.steps.training.runs import Run, StepRow
 from workbench.steps.training.sharding import give_back, part_of, whole
-from workbench.steps.training.stages import Stage, parameter_groups, trained_parameters
+from workbench.steps.training.stages import (
+    Stage,
+    parameter_groups,
+    reads_pictures,
+    trained_parameters,
+)
 from workbench.steps.training.watch import Watch
 
 Stop = Callable[[], bool] | threading.Event
@@ -207,6 +212,11 @@ class Loop:
                 total, part = self.module(batch, at, per_token)
                 total.backward()
             record = record + part
+        if self.processes.shards and not self.processes.any(
+            any("pixel_values" in batch for batch in micro)
+        ):
+            for name in filter(reads_pictures, self.training):
+                self.training[name].grad = None  # not 0, by which AdamW would move it
         norm = whole(nn.utils.clip_grad_norm_(self.training.values(), 1.0))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.graphed)

@@ -126,7 +126,8 @@ class Objective(nn.Module):
         hidden, layers = total.clone(), torch.zeros(self.n_mamba, device=device)
         with torch.autocast(
             device.type, torch.bfloat16, enabled=self.bf16,
-            cache_enabled=not self.graphed,  # a graph casts for itself
+            # A graph casts for itself; kept casts would be a second student where it is sharded.
+            cache_enabled=not (self.graphed or self.sharded),
         ):  # fmt: skip
             theirs = self._teacher_states(inputs)
             if stage.layer_weight:
@@ -159,7 +160,7 @@ class Objective(nn.Module):
     def _layer_losses(self, real: Tensor | None, per_token: Tensor) -> Tensor:
         """(n_mamba_layers,): each on the teacher's input against the teacher's output.
 
-        One layer's graph at a time stands in memory.
+        One layer's graph at a time stands in memory; of a sharded student, all of them do.
         """
         layers = decoder_layers(self.student)
         if real is not None:
@@ -169,8 +170,9 @@ class Objective(nn.Module):
             layer, given = layers[index], args[0] if args else kwargs["hidden_states"]
 
             def loss(call=(args, kwargs), layer=layer, given=given, output=output) -> Tensor:
+                args, kwargs = _with_gradient(*call) if self.sharded else call
                 with layer.forward.another_call() if self.graphed else nullcontext():
-                    got = _hidden(layer(*call[0], **call[1]))
+                    got = _hidden(layer(*args, **kwargs))
                 return self._layer_loss(given, got, _hidden(output), real, per_token)
 
             # A sharded layer has its parameters only while it runs: its graph stays until the end.
@@ -278,6 +280,13 @@ def _relative(error: Tensor, whole: Tensor, real: Tensor | None) -> Tensor:
     weight = torch.ones_like(whole[..., 0]) if real is None else real
     error, whole = ((t.square().sum(-1) * weight).sum() for t in (error, whole))
     return error / whole * weight.sum()
+
+
+def _with_gradient(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The same call, whose input has a gradient: when that is there, FSDP lets go of the layer."""
+    if args:
+        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
 
 
 def _hidden(output: Tensor | tuple) -> Tensor:

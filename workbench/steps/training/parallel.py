@@ -2,7 +2,8 @@
 
 Every process reads its own batches, and gradients are averaged. With DDP each holds the whole
 student, with FSDP2 (`accelerate launch --use_fsdp --fsdp_version 2`) a part of it, of its gradients
-and of AdamW's moments; of accelerate's plugin nothing else is read. The teacher is whole in each.
+and of AdamW's moments; of accelerate's plugin nothing else is read. The teacher is whole in each,
+and so is the student, on the CPU, while its parts train.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ class Processes:
     def __init__(self) -> None:
         self._accelerator, self.shards = None, False
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            self._accelerator, self.shards = _accelerator(), _asked_to_shard()
+            self.shards = _asked_to_shard()
+            if self.shards:
+                # Or transformers leaves buffers on the CPU in all processes but the first.
+                os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+            self._accelerator = _accelerator()
 
     @property
     def count(self) -> int:

@@ -198,6 +198,11 @@ def trained_parameters(student: VLM, trains: str) -> dict[str, nn.Parameter]:
     return {n: p for n, p in student.model.named_parameters() if wanted(n, p)}
 
 
+def reads_pictures(name: str) -> bool:
+    """Whether a parameter of this name has no part in a step without pictures."""
+    return any(part in name for part in (*PROJECTORS, *TOWERS))
+
+
 def parameter_groups(student: VLM, trained: dict[str, nn.Parameter], stage: Stage) -> list[dict]:
     """Groups for AdamW, each with its peak rate as `peak`: old and new, matrices and the rest.
 
