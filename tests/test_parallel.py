@@ -23,10 +23,11 @@ STAGES = [
 ]
 
 
-def train(batch_size, **options):
+def train(batch_size, *, n_pictured=6, **options):
     teacher = tiny.vlm()
     student = convert(teacher, PLAN, init="matvlm")
-    mixed = [*samples(6), *samples(2, n_images=0)]  # the last two leave the projector alone
+    # The last two leave the projector alone.
+    mixed = [*samples(n_pictured), *samples(2, n_images=0)]
     run = distill(student, teacher, mixed, recipe=STAGES, batch_size=batch_size, **options)
     return tensors(student), run
 
@@ -106,6 +107,15 @@ def test_two_processes_do_what_one_does_with_the_joint_batch(more, options, tmp_
         assert row.layer_losses == pytest.approx(alone.layer_losses, rel=1e-4)
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000006"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_without_pictures_the_projector_of_a_sharded_run_keeps_still(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    (weights, _), _ = train_in_two(tmp_path, {"n_pictured": 0}, SHARDED)
+    start = tensors(convert(tiny.vlm(), PLAN, init="matvlm"))
+    moved = {name for name, weight in weights.items() if not torch.equal(weight, start[name])}
+    assert moved
+    assert not [name for name in moved if "projector" in name]
 
 
 def test_a_sharded_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
