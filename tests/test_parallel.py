@@ -23,13 +23,14 @@ STAGES = [
 ]
 
 
-def train(batch_size, *, n_pictured=6, **options):
+def train(batch_size, *, n_pictured=6, device="cpu", **options):
     teacher = tiny.vlm()
+    teacher.model.to(device)
     student = convert(teacher, PLAN, init="matvlm")
     # The last two leave the projector alone.
     mixed = [*samples(n_pictured), *samples(2, n_images=0)]
     run = distill(student, teacher, mixed, recipe=STAGES, batch_size=batch_size, **options)
-    return tensors(student), run
+    return {name: tensor.cpu() for name, tensor in tensors(student).items()}, run
 
 
 def apart(one, other):
@@ -54,10 +55,13 @@ SHARDED = {  # as `accelerate launch --use_fsdp --fsdp_version 2` has them
 def train_as(rank, count, port, folder, tell, options, more):
     environment = {
         "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "ACCELERATE_USE_CPU": str("device" not in options).lower(),
     }  # fmt: skip
     os.environ |= {name: str(value) for name, value in (environment | more).items()}
     torch.set_num_threads(1)
+    if "device" in options:
+        options = options | {"device": own_device()}
     cut, held = sharding.shard, []
 
     def shard(objective, trainee, mesh):
@@ -89,15 +93,22 @@ def train_in_two(folder, options=None, more=None):
     for count, first, *held in (hear.recv(), hear.recv()):
         assert (count, first) == (2, [0])
         assert held == ([pytest.approx(0.5, abs=0.02)] if more else [])
-    return (torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1))
+    return (torch.load(folder / f"rank-{rank}.pt", "cpu", weights_only=False) for rank in (0, 1))
 
 
+on_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+PLACES = [{}, pytest.param({"device": "cuda", "bf16": False}, marks=on_two_gpus)]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=["CPU", "CUDA"])
 @pytest.mark.parametrize("options", [{}, {"batch_size": 1, "accumulate": 2}], ids=["", "in parts"])
 @pytest.mark.parametrize("more", [{}, SHARDED], ids=["DDP", "FSDP2"])
-def test_two_processes_do_what_one_does_with_the_joint_batch(more, options, tmp_path, monkeypatch):
+def test_two_processes_do_what_one_does_with_the_joint_batch(
+    more, options, place, tmp_path, monkeypatch
+):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    (first, rows), (second, others) = train_in_two(tmp_path, options, more)
-    whole, run = train(4)
+    (first, rows), (second, others) = train_in_two(tmp_path, options | place, more)
+    whole, run = train(4, **place)
     assert first.keys() == whole.keys()
     for name, weight in first.items():
         assert torch.equal(weight, second[name]), name

@@ -2,8 +2,8 @@
 
     python -m benchmarks.pocket.train_hybrids --out FOLDER 25:120 12.5:80 50:120 100:200
 
-Each is made by the library's own verbs, choose_layers(even), convert(init) and distill, from the
-teacher alone, in so many seconds. Writes a delta and the curve of each hybrid.
+Each is made by the library's own verbs, align, choose_layers, convert and distill, from the teacher
+alone, in so many seconds. Writes a delta and the curve of each hybrid.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import workbench as wb
 from benchmarks.timing import steps_in, train_each
 from workbench.data.conversations import MIXTURE, Encoder, TrainingBatches
+from workbench.mamba import kernels
 from workbench.models.delta import load_delta, save_delta
 from workbench.steps.training.stages import RECIPES, Stage
 
@@ -44,29 +45,48 @@ def stages_of(args: argparse.Namespace) -> tuple[Stage, ...]:
     return RECIPES[args.recipe][-1:] if args.start else RECIPES[args.recipe]
 
 
-def started(teacher: wb.VLM, plan: wb.Plan, args: argparse.Namespace) -> wb.VLM:
+def aligned(teacher: wb.VLM, args: argparse.Namespace) -> wb.VLM | None:
+    """The donor of all hybrids: a mixer for every layer, to search with and to start from."""
+    if not args.align:
+        return None
+    return wb.align(
+        teacher, batches(teacher, args), steps=args.align, lr=args.lr, seed=args.seed,
+        graph_layers=args.graph, bf16=args.bf16,
+        on_step=lambda row: print(f"align {row}", flush=True),
+    )  # fmt: skip
+
+
+def started(
+    teacher: wb.VLM, plan: wb.Plan, donor: wb.VLM | None, args: argparse.Namespace
+) -> wb.VLM:
     """The student before training: converted, or what an earlier run left."""
     if args.start:
         model = load_delta(teacher.model, Path(args.start) / f"hybrid-{100 * plan.ratio:g}")
         return wb.VLM(f"{teacher.name}-{100 * plan.ratio:g}", model, teacher.processor, plan)
-    return wb.convert(teacher, plan, init=args.init, seed=args.seed)
+    return wb.convert(teacher, plan, init=donor or args.init, seed=args.seed)
 
 
 def trained(student: wb.VLM, teacher: wb.VLM, args: argparse.Namespace, **more) -> wb.Run:
     """`wb.distill` with what every run here shares."""
     return wb.distill(
-        student, teacher, batches(teacher, args), lr=args.lr, compile_layers=on_gpu(), **more
+        student, teacher, batches(teacher, args), lr=args.lr, graph_layers=args.graph,
+        bf16=args.bf16, compile_layers=on_gpu() and not args.graph, **more,
+    )  # fmt: skip
+
+
+def train_hybrid(
+    teacher: wb.VLM, donor: wb.VLM | None, percent: float, seconds: float, args: argparse.Namespace
+) -> None:
+    """Place, convert, distil, save."""
+    plan = wb.choose_layers(
+        teacher, ratio=percent / 100, method=args.method, donor=donor, limit=args.limit
     )
-
-
-def train_hybrid(teacher: wb.VLM, percent: float, seconds: float, args: argparse.Namespace) -> None:
-    """Convert, distil, save."""
-    plan = wb.choose_layers(teacher, ratio=percent / 100)
+    print(plan, flush=True)
     steps = args.steps or steps_in(
-        seconds, stages_of(args), lambda: started(teacher, plan, args),
+        seconds, stages_of(args), lambda: started(teacher, plan, donor, args),
         lambda student, **how: trained(student, teacher, args, **how),
     )  # fmt: skip
-    student = started(teacher, plan, args)
+    student = started(teacher, plan, donor, args)
     run = trained(
         student, teacher, args, recipe=stages_of(args), steps=steps, log_every=args.log_every,
         on_step=lambda row: print(f"{percent} {row}", flush=True),
@@ -85,7 +105,13 @@ def main() -> None:
     parser.add_argument("hybrids", nargs="+", help="percent:seconds, such as 25:80")
     parser.add_argument("--teacher", default="pocket", help="name or folder of the teacher")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--init", default="calibrated")
+    parser.add_argument("--init", default="calibrated", help="of the mixers that nothing aligned")
+    parser.add_argument("--align", type=int, default=0, help="steps on all layers before the rest")
+    parser.add_argument("--method", default="even", help="of placement, as in choose_layers")
+    parser.add_argument("--limit", type=int, default=96, help="questions of a search")
+    parser.add_argument("--graph", action="store_true", help="CUDA graphs in place of compiling")
+    parser.add_argument("--bf16", action="store_true", default=None, help="without a GPU, too")
+    parser.add_argument("--kernels", default="auto", help="of the scan; auto measures them first")
     parser.add_argument("--start", help="folder of an earlier run, to go on from its hybrids")
     parser.add_argument("--recipe", default="workbench")
     parser.add_argument("--steps", type=int, help="exactly so many, whatever the seconds")
@@ -100,9 +126,11 @@ def main() -> None:
     torch.set_num_threads(4)  # the loader's workers need the other cores
     # Every layer compiles on its own: two shapes, with and without gradients, Mamba-2 or not.
     torch._dynamo.config.recompile_limit = 64
+    kernels.use(args.kernels)
     teacher = wb.load_teacher(args.teacher, device="cuda" if on_gpu() else "cpu")
+    donor = aligned(teacher, args)
     _, refused = train_each(
-        args.hybrids, lambda percent, seconds: train_hybrid(teacher, percent, seconds, args)
+        args.hybrids, lambda percent, seconds: train_hybrid(teacher, donor, percent, seconds, args)
     )
     if refused:
         raise SystemExit("\n".join(refused))

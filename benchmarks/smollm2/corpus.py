@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks.smollm2.prompts import write_prompts
 from benchmarks.smollm2.sources import SOURCES, Source
 from workbench.data.text import plain_ids
-from workbench.models.sources.smollm2 import find_gguf, read_tokenizer
+from workbench.models.sources.smollm2 import HOW_TO_GET_IT, find_gguf, read_tokenizer
 
 HELDOUT = Path(__file__).parent / "heldout"
 SHINGLE = 13  # words in a row that no held-out text may share with the training text
@@ -135,10 +135,14 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--heldout", default=HELDOUT, help="folder of the held-out texts")
     parser.add_argument("--tokens", type=int, default=14_500_000, help="at most so many")
-    parser.add_argument("--gguf", help="SmolLM2's file, if its package is not installed")
+    parser.add_argument(
+        "--gguf", default=find_gguf(), help="SmolLM2's file, if its package is not installed"
+    )
     args = parser.parse_args()
+    if args.gguf is None:
+        parser.error(f"SmolLM2's tokenizer is not here: {HOW_TO_GET_IT}, or give --gguf")
     packages, out, heldout = Path(args.packages), Path(args.out), Path(args.heldout)
-    tokenizer = read_tokenizer(args.gguf or find_gguf())
+    tokenizer = read_tokenizer(args.gguf)
     held, rest = split(packages)
     heldout.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
