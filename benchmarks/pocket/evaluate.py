@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--limit", type=int, help="samples of each part; all of them by default")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--only", help="one part, such as pocket/test; all three by default")
+    parser.add_argument("--only", nargs="+", help="parts, such as pocket/test; all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()
@@ -35,7 +35,7 @@ def main() -> None:
     for name in args.models:
         vlm = wb.load(name, device=args.device)
         for data, split in PARTS:
-            if args.only not in (None, f"{data}/{split}"):
+            if args.only and f"{data}/{split}" not in args.only:
                 continue
             result = wb.evaluate(
                 vlm, data, split=split, limit=args.limit, seed=args.seed,

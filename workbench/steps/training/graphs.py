@@ -94,7 +94,8 @@ class LayerGraphs:
             reason = str(error).strip().partition("\n")[0]
             raise WorkbenchError(
                 f"{type(self.layer).__name__} cannot be recorded as a CUDA graph ({reason}): "
-                "distil with graph_layers=False."
+                "distil with graph_layers=False, or, if a DataLoader pins memory in a thread of "
+                "its own, with pin_memory=False."
             ) from error
 
 
