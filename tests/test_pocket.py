@@ -49,14 +49,13 @@ def test_every_hybrid_has_a_known_name():
 
 
 @pytest.mark.parametrize("name", THERE)
-def test_a_hybrid_loads_and_answers(name, teacher):
+def test_a_hybrid_loads_and_answers(name):
     student = wb.load(name)
     assert student.name == name
     assert student.plan.n_layers == 16
-    assert student.plan.mamba_layers == tuple(range(0, 16, 16 // N_MAMBA[name]))
+    assert len(student.plan.mamba_layers) == N_MAMBA[name]
+    assert student.plan.method == "greedy"
     assert list(mixers(student.model)) == list(student.plan.mamba_layers)
-    chosen = wb.choose_layers(teacher, ratio=float(name.split("-")[1]) / 100)
-    assert chosen.mamba_layers == student.plan.mamba_layers
     sample = wb.load_data("pocket", limit=1)[0]
     said = wb.answer(student, sample.images, sample.question, max_new_tokens=4)
     assert said.text

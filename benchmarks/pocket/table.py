@@ -23,18 +23,22 @@ def read(paths: list[str]) -> dict[str, dict[str, dict]]:
 
 
 def table(scores: dict[str, dict[str, dict]]) -> str:
-    """A Markdown table: a row per family, a column per model, percent."""
+    """A Markdown table: a row per family, a column per model, percent; empty where not asked."""
     rows = [["right answers, %", *scores], ["---", *["---:"] * len(scores)]]
     for data, prefix in PARTS.items():
-        families = next(iter(scores.values()))[data]["by_family"]
-        for family in families:
-            values = [100 * result[data]["by_family"][family] for result in scores.values()]
-            rows.append([prefix + family, *(f"{value:.1f}" for value in values)])
+        results = [result.get(data) for result in scores.values()]
+        families = next(result for result in results if result)["by_family"]
+        for name in families:
+            rows.append([prefix + name, *(_percent(r and r["by_family"][name]) for r in results)])
         if len(families) > 1:
-            means = [100 * result[data]["score"] for result in scores.values()]
+            means = [_percent(r and r["score"]) for r in results]
             label = f"**{prefix}mean of the {len(families)}**"
-            rows.append([label, *(f"**{mean:.1f}**" for mean in means)])
+            rows.append([label, *(f"**{mean}**" if mean else "" for mean in means)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def main() -> None:
