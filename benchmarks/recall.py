@@ -55,7 +55,7 @@ def measured(name: str, args: argparse.Namespace) -> dict:
     found = wb.evaluate(vlm, data, batch_size=args.batch, max_new_tokens=24)
     result = {"model": name, "data": found.data, "n": len(found.records), "recall": found.score,
               "recall_stderr": found.stderr, "by_distance": found.by_family}  # fmt: skip
-    if seeing:
+    if seeing and args.accuracy:
         whole = wb.evaluate(vlm, "pocket", limit=args.accuracy, batch_size=args.batch)
         result |= {"accuracy": whole.score, "accuracy_stderr": whole.stderr,
                    "accuracy_n": len(whole.records)}  # fmt: skip
@@ -82,7 +82,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("models", nargs="+", help="names or folders, all seeing or all not")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--limit", type=int, default=400, help="questions of recall")
-    parser.add_argument("--accuracy", type=int, default=400, help="questions of the whole test")
+    parser.add_argument("--accuracy", type=int, default=400, help="of the whole test; 0 for none")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to write")
