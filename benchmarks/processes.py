@@ -39,7 +39,7 @@ def main() -> None:
     student, teacher = models(args)
     rank = int(os.environ.get("RANK", 0))
     torch.manual_seed(1 + rank)
-    ids = torch.randint(0, SIZES[args.size]["vocab_size"], (args.batch, args.length))
+    ids = torch.randint(0, 500, (args.batch, args.length))  # words that both sizes know
 
     def on_step(row: wb.StepRow) -> None:
         if row.step == WARM_UP and on_gpu:

@@ -88,7 +88,8 @@ def _decode_ms(vlm, mode, batch, context, wrap=None):
     if engine.mode == "eager":
         ids = {"input_ids": torch.randint(3, 500, (batch, context), device=engine.device)}
         engine.prefill(ids, max_new_tokens=ROOM)
-        # cuDNN's attention plans for every length that it meets: the first model would pay for all.
+        # Every length once, uncounted: cuDNN's attention seems to plan for each that is new, and
+        # the first model would pay for all.
         for _ in range(3 + STEPS * ROUNDS):
             engine.step()
         engine.prefill(ids, max_new_tokens=ROOM)
