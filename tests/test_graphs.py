@@ -1,5 +1,8 @@
 """Decoder layers as CUDA graphs: they train as layers do that are launched kernel by kernel."""
 
+import threading
+from contextlib import nullcontext
+
 import pytest
 import tiny
 import torch
@@ -10,6 +13,8 @@ from workbench.errors import WorkbenchError
 from workbench.steps.conversion.initialization import convert
 from workbench.steps.training import graphs
 from workbench.steps.training.distillation import Stage, distill
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 STAGES = [
     Stage("align", 2, layer_weight=1.0, trains="mixers"),
@@ -38,6 +43,7 @@ def recorded(monkeypatch):
         made.append(call)
         return call
 
+    monkeypatch.setattr(graphs, "_recording", nullcontext)  # it asks for a GPU
     monkeypatch.setattr(graphs.torch.cuda, "make_graphed_callables", graphed)
     return made
 
@@ -66,6 +72,7 @@ def test_a_layer_that_cannot_be_recorded_is_named(monkeypatch):
     def refuse(*args, **options):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
+    monkeypatch.setattr(graphs, "_recording", nullcontext)
     monkeypatch.setattr(graphs.torch.cuda, "make_graphed_callables", refuse)
     layer = Layer()
     with pytest.raises(WorkbenchError, match=r"Layer .*capturing\): distil with graph_layers=Fal"):
@@ -79,7 +86,45 @@ def test_without_a_gpu_graphs_are_refused():
         distill(convert(teacher, PLAN, init="matvlm"), teacher, samples(2), graph_layers=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
+def test_another_thread_may_pin_memory_meanwhile():
+    done, rounds = threading.Event(), []
+
+    def pin():
+        while not done.is_set():
+            torch.empty(2**16 + 2**10 * len(rounds)).pin_memory()  # a size that is new each time
+            rounds.append(1)
+
+    beside = threading.Thread(target=pin)
+    beside.start()
+    try:
+        for _ in range(30):
+            layer = nn.Linear(64, 64).cuda()
+            hidden = torch.randn(8, 64, device="cuda", requires_grad=True)
+            said = graphs.LayerGraphs(layer, layer.forward)(hidden)
+            assert torch.allclose(said, layer(hidden), atol=1e-5)
+    finally:
+        done.set()
+        beside.join()
+    assert len(rounds) > 30
+
+
+@needs_gpu
+def test_after_a_layer_that_cannot_be_recorded_the_gpu_goes_on():
+    class Reads(nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden) * nn.functional.dropout(hidden, 0.5).sum().item()
+
+    layer, stream = Reads(64, 64).cuda(), torch.cuda.current_stream()
+    hidden = torch.randn(8, 64, device="cuda")
+    with pytest.raises(WorkbenchError, match="cannot be recorded"):
+        graphs.LayerGraphs(layer, layer.forward)(hidden)
+    assert torch.cuda.current_stream() == stream
+    assert len(torch.randn(9, device="cuda").unique()) > 1
+    assert torch.isfinite(layer(hidden)).all()
+
+
+@needs_gpu
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_graphs_train_each_tensor_the_same_way(accumulate):
     teacher = tiny.vlm()

@@ -63,7 +63,7 @@ class Bench:
         donor = wb.align(
             self.teacher, self.data.training(job.seed, args.batch), steps=args.align,
             calibration=self.data.calibration(job.seed), lr=args.lr or 1e-3, seed=job.seed,
-            graph_layers=args.graph,
+            compile_layers=args.compile, graph_layers=args.graph,
         )  # fmt: skip
         states = {i: mixer.state_dict() for i, mixer in mixers(donor.model).items()}
         place = self._donor_place(job.seed)

@@ -162,7 +162,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 
 
 def _wanted(job: Job, args: argparse.Namespace) -> bool:
-    return job.row is None or not args.only or bool({job.row.group, job.row.name} & set(args.only))
+    names = {job.row.group, job.row.name, job.key} if job.row else set()
+    return job.row is None or not args.only or bool(names & set(args.only))
 
 
 def _given(rows: tuple[Row, ...], args: argparse.Namespace) -> Iterator[Job]:

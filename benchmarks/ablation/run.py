@@ -73,7 +73,8 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=Path, help="a JSON list of rows in place of the built-in")
     parser.add_argument("--cap", type=int, help="at most so many steps a row, to try a file")
     names = sorted({name for row in ROWS for name in (row.group, row.name)})
-    parser.add_argument("--only", nargs="+", metavar="ROW", help=f"or its group: {names}")
+    parser.add_argument("--only", nargs="+", metavar="ROW",
+                        help=f"or train/ROW/50/0, or a group: {names}")  # fmt: skip
     parser.add_argument("--join", type=Path, nargs="+", default=[], help=".jsonl of earlier runs")
     parser.add_argument("--name", default="pocket")
     parser.add_argument("--out", type=Path, default=RESULTS)

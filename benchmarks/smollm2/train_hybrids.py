@@ -2,10 +2,10 @@
 
     python -m benchmarks.smollm2.train_hybrids --corpus FOLDER --out FOLDER 12.5:200 25:300 50:400
 
-`--corpus` is what benchmarks.smollm2.corpus wrote. Made by the library's own verbs,
-choose_layers(even), convert(init) and distill, from the teacher alone: on packed text, and on chats
-whose answers the teacher writes first. Saves each hybrid as a delta of eight bits with its curve,
-then scores teacher and hybrids, read back from their deltas, on the held-out text.
+`--corpus` is what benchmarks.smollm2.corpus wrote. Made by the library's own verbs, align,
+choose_layers, convert and distill, from the teacher alone: on packed text, and on chats whose
+answers the teacher writes first. Saves each hybrid as a delta of eight bits with its curve, then
+scores teacher and hybrids, read back from their deltas, on the held-out text.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ from benchmarks.smollm2.chats import write_chats
 from benchmarks.smollm2.corpus import HELDOUT
 from benchmarks.timing import steps_in, train_each
 from workbench.data.text import TextBatches, TokenIds, encode_chats, load_texts, read_ids
+from workbench.mamba import kernels
 from workbench.models.delta import load_delta, save_delta
 from workbench.models.hybrid import plan_of
 from workbench.models.sources import smollm2
 from workbench.steps.training.stages import RECIPES
+
+WINDOW = 1024  # tokens, of perplexity
+FEW = 8  # sequences that mixers are calibrated and layers are searched on
 
 
 def on_gpu() -> bool:
@@ -84,24 +88,54 @@ def distilled(
     )  # fmt: skip
 
 
-def started(teacher: wb.VLM, percent: float, data: Mixture, args: argparse.Namespace) -> wb.VLM:
-    """The student before training, calibrated on a few sequences of its training data."""
-    plan = wb.choose_layers(teacher, ratio=percent / 100)
-    some = ({name: t[:12] for name, t in batch.items()} for batch in data)
+def some_of(data: Mixture) -> Iterator[dict[str, torch.Tensor]]:
+    """A few sequences of each batch, of text as of chats."""
+    for batch in data:
+        yield {name: t[-FEW:] for name, t in batch.items()}
+
+
+def aligned(teacher: wb.VLM, data: Mixture, args: argparse.Namespace) -> wb.VLM | None:
+    """The donor of all hybrids: a mixer for every layer, to search with and to start from."""
+    if not args.align:
+        return None
+    return wb.align(
+        teacher, data, steps=args.align, init=args.init, calibration=some_of(data), lr=args.lr,
+        seed=args.seed, compile_layers=on_gpu() and not args.eager,
+        on_step=lambda row: print(f"align {row}", flush=True),
+    )  # fmt: skip
+
+
+def started(
+    teacher: wb.VLM, plan: wb.Plan, percent: float, donor: wb.VLM | None, data: Mixture,
+    args: argparse.Namespace,
+) -> wb.VLM:  # fmt: skip
+    """The student before training."""
     name = f"{teacher.name}-{percent:g}"  # as it is asked for: 12.5 % of 30 layers are 4, 13.3 %
-    return wb.convert(teacher, plan, init=args.init, calibration=some, seed=args.seed, name=name)
+    return wb.convert(
+        teacher, plan, init=donor or args.init, calibration=some_of(data), seed=args.seed, name=name
+    )
 
 
 def train_hybrid(
-    teacher: wb.VLM, percent: float, seconds: float, data: Mixture, args: argparse.Namespace
-) -> Path:
-    """Convert, distil, save."""
+    teacher: wb.VLM, donor: wb.VLM | None, percent: float, seconds: float, data: Mixture,
+    args: argparse.Namespace,
+) -> Path:  # fmt: skip
+    """Place, convert, distil, save."""
     stages = RECIPES[args.recipe]
+    plan = wb.choose_layers(
+        teacher,
+        ratio=percent / 100,
+        method=args.method,
+        donor=donor,
+        data=some_of(data),
+        limit=args.limit,
+    )
+    print(plan, flush=True)
     steps = args.steps or steps_in(
-        seconds, stages, lambda: started(teacher, percent, data, args),
+        seconds, stages, lambda: started(teacher, plan, percent, donor, data, args),
         lambda student, **how: distilled(student, teacher, data, args, **how),
     )  # fmt: skip
-    student = started(teacher, percent, data, args)
+    student = started(teacher, plan, percent, donor, data, args)
     run = distilled(
         student, teacher, data, args, recipe=stages, steps=steps, log_every=args.log_every,
         on_step=lambda row: print(f"{percent} {row}", flush=True),
@@ -128,7 +162,7 @@ def score(teacher: wb.VLM, folders: list[Path], args: argparse.Namespace) -> Non
             model = load_delta(teacher.model, folder)
             name = f"{smollm2.TEACHER}-{folder.name.removeprefix('hybrid-')}"
             vlm = wb.VLM(name, model, teacher.processor, plan_of(model))
-        result = wb.perplexity(vlm, texts, context=args.context, batch_size=8 if on_gpu() else 1)
+        result = wb.perplexity(vlm, texts, context=WINDOW, batch_size=8 if on_gpu() else 1)
         print(result, flush=True)
         print(wb.answer(vlm, [], "What is the capital of France?", max_new_tokens=40), flush=True)
         results.append(result.to_dict())
@@ -146,6 +180,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--heldout", default=str(HELDOUT), help="folder of held-out texts")
     parser.add_argument("--heldout-limit", type=int, help="documents; all of them by default")
     parser.add_argument("--init", default="calibrated")
+    parser.add_argument("--align", type=int, default=0, help="steps on all layers before the rest")
+    parser.add_argument("--method", default="even", help="of placement, as in choose_layers")
+    parser.add_argument("--limit", type=int, default=FEW, help="sequences of a search")
+    parser.add_argument("--kernels", default="auto", help="of the scan; auto measures them first")
     parser.add_argument("--recipe", default="workbench")
     parser.add_argument("--steps", type=int, help="exactly so many, whatever the seconds")
     parser.add_argument("--batch", type=int, default=32, help="sequences a step")
@@ -167,6 +205,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     # Every layer compiles on its own: with and without gradients, Mamba-2 or not.
     torch._dynamo.config.recompile_limit = 64
+    kernels.use(args.kernels)
     start = time.perf_counter()
     teacher = load_teacher(args)
     print(f"{teacher}\nloaded in {time.perf_counter() - start:.0f} s", flush=True)
@@ -174,8 +213,10 @@ def main() -> None:
     chats = chats_of(teacher, args) if args.prompts and args.chat_share else None
     data = Mixture(text, chats, args)
     print(f"{len(text.ids):,} tokens of text in {len(text.starts):,} documents", flush=True)
+    donor = aligned(teacher, data, args)
     folders, refused = train_each(
-        args.hybrids, lambda percent, seconds: train_hybrid(teacher, percent, seconds, data, args)
+        args.hybrids,
+        lambda percent, seconds: train_hybrid(teacher, donor, percent, seconds, data, args),
     )
     score(teacher, folders, args)
     if refused:

@@ -35,7 +35,8 @@ TRAINING = {
 }  # fmt: skip
 SETTINGS = WHERE_FROM | LAYERS | {"data": (str, dict), "stages": list, "track": str} | TRAINING
 ALIGNING = (
-    "init", "batch_size", "accumulate", "max_length", "lr", "seed", "graph_layers", "bf16",
+    "init", "batch_size", "accumulate", "max_length", "lr", "seed", "compile_layers",
+    "graph_layers", "bf16",
 )  # fmt: skip
 MODEL = "model"  # where in the run's folder the finished hybrid goes
 

@@ -126,7 +126,8 @@ class Lean:
                     self._step()
             torch.cuda.current_stream().wait_stream(beside)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            # Another thread may allocate or load a model meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.logits = self._step()
         self.state.begin(None)
 

@@ -27,6 +27,7 @@ def align(
     max_length: int | None = None,
     lr: float = 1e-3,
     seed: int = 0,
+    compile_layers: bool = False,
     graph_layers: bool = False,
     bf16: bool | None = None,
     on_step: Callable[[StepRow], None] | None = None,
@@ -49,6 +50,7 @@ def align(
         max_length: as in `distill`.
         lr: peak learning rate.
         seed: of the start, and of the order of the samples.
+        compile_layers: as in `distill`.
         graph_layers: as in `distill`.
         bf16: as in `distill`.
         on_step: called with each `StepRow`.
@@ -67,8 +69,8 @@ def align(
     stage = Stage("align", steps, layer_weight=1.0, trains="mixers", lr=lr, lr_new=lr)
     run = distill(
         donor, teacher, data, recipe=[stage], batch_size=batch_size, accumulate=accumulate,
-        max_length=max_length, seed=seed, graph_layers=graph_layers, bf16=bf16, on_step=on_step,
-        stop=stop,
+        max_length=max_length, seed=seed, compile_layers=compile_layers,
+        graph_layers=graph_layers, bf16=bf16, on_step=on_step, stop=stop,
     )  # fmt: skip
     if run.stopped:
         raise WorkbenchError(f"The alignment was stopped after {run.steps} of {steps} steps.")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -85,18 +87,39 @@ class LayerGraphs:
         samples = [_leaf(t.clone(), t) for t in given]
         shared = [_leaf(p, p) for p in self.parameters.values()]
         try:
-            return torch.cuda.make_graphed_callables(
-                call, (*samples, *shared), allow_unused_input=True, pool=self.pool
-            )
+            with _recording():
+                return torch.cuda.make_graphed_callables(
+                    call, (*samples, *shared), allow_unused_input=True, pool=self.pool
+                )
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = str(error).strip().partition("\n")[0]
             raise WorkbenchError(
                 f"{type(self.layer).__name__} cannot be recorded as a CUDA graph ({reason}): "
-                "distil with graph_layers=False, or, if a DataLoader pins memory in a thread of "
-                "its own, with pin_memory=False."
+                "distil with graph_layers=False."
             ) from error
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Other threads may use the GPU meanwhile, and a failure leaves stream and generator usable.
+
+    By itself torch records in mode "global", in which whatever a DataLoader that pins memory, or an
+    app, does in a thread of its own breaks the recording.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    own_thread = partial(torch.cuda.graph, capture_error_mode="thread_local")
+    kept = generator.clone_state()
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        patch.object(torch.cuda, "graph", own_thread),
+    ):
+        try:
+            yield
+        except RuntimeError:
+            generator.graphsafe_set_state(kept)  # else it goes on believing that it is recorded
+            raise
 
 
 def _leaf(tensor: Tensor, like: Tensor) -> Tensor:
