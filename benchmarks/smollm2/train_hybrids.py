@@ -121,7 +121,7 @@ def train_hybrid(
     args: argparse.Namespace,
 ) -> Path:  # fmt: skip
     """Place, convert, distil, save."""
-    stages = RECIPES[args.recipe]
+    stages = RECIPES[args.recipe][-1:] if donor else RECIPES[args.recipe]  # it is aligned already
     plan = wb.choose_layers(
         teacher,
         ratio=percent / 100,
