@@ -83,7 +83,8 @@ check(
 # `profile` asks both models the same, in turns, in the same loop, so that neither has an engine of
 # its own. The table says *prefill* (reading the prompt) and *decode* (writing) apart: one number
 # for both would depend on the length of the answer. *Of roof* is how much of this machine's own
-# bandwidth and arithmetic is used; *at most* is what Amdahl's law allows. Both are explained below.
+# bandwidth and arithmetic is used; *at most* is what Amdahl's law allows, *reachable* what is left
+# of that when Mamba-2 pays for its own gate and states. All are explained below.
 
 # %%
 pictures = wb.load_data("pocket", split="test", limit=64)
@@ -175,8 +176,10 @@ check(
 print(f"at most, 25 %: {1 / (1 - 0.25 * share):.2f} times; all layers: {1 / (1 - share):.2f} times")
 
 # %% [markdown]
-# And even that is too kind: a Mamba-2 layer keeps the projections, which most of this time goes
-# to.
+# And even that is too kind. A Mamba-2 layer keeps the projections, which most of this time goes
+# to, and it brings a gate whose weights must be read and a state that is read and written with
+# every token. At this machine's bandwidth that is some time $a$, as a share of the teacher's, and
+# no more than $1 / (1 - r\,s + a)$ is *reachable*.
 #
 # ## Where 3.6 comes from
 #

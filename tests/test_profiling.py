@@ -18,6 +18,9 @@ from workbench.steps.efficiency.machine import Machine
 from workbench.steps.efficiency.profiling import profile
 from workbench.views.figures import prefill_figure, speed_figure
 
+# Of a Mamba-2 layer: z, dt, convolution and its bias, A_log with dt_bias and D, norm.
+NEW = 48 * 48 + 48 * 4 + 3 * 48 * 4 + 3 * 48 + 3 * 4 + 48
+
 
 @pytest.fixture(autouse=True)
 def known_machine(monkeypatch):
@@ -59,6 +62,14 @@ def test_a_profile_has_a_row_for_each_model_and_prompt_and_counts_bytes():
     assert reached > 0
     assert most == amdahl(long[0].decode_mixing_share, 1.0) >= 1
     assert result.decode_speed_up(long[0]) == (None, None)
+    assert result.decode_reachable(long[0]) is None
+    own_ms = 1e3 * (4 * 4 * NEW + 2 * long[2].ssm_bytes) / 1e9  # at the fixture's bandwidth
+    assert long[2].decode_own_ms == pytest.approx(own_ms)
+    assert long[0].decode_own_ms == 0
+    added = own_ms / (1e3 / long[0].decode_tokens_per_s)
+    reachable = 1 / (1 - long[0].decode_mixing_share + added)
+    assert result.decode_reachable(long[2]) == pytest.approx(reachable)
+    assert result.decode_reachable(long[0]) is None
     plain = json.loads(json.dumps(result.to_dict()))
     assert plain["rows"][5]["decode_speed_up"] == reached
     assert plain["about"]["torch"] == torch.__version__
@@ -74,6 +85,8 @@ def test_the_bytes_and_operations_of_a_step_are_counted():
     assert found.layer_parameters == sum(p.numel() for p in layers.parameters())
     assert found.kv_bytes_a_token == 2 * 2 * 48 * 4
     assert found.ssm_bytes == 2 * (3 * 48 * 3 + 4 * 12 * 12) * 4
+    assert found.new_parameters == 2 * NEW
+    assert found.own_bytes(3) == 4 * found.new_parameters + 6 * found.ssm_bytes
     weights = 4 * (found.layer_parameters + 300 * 48)
     expected = weights + 3 * (10 * 768 + 2 * found.ssm_bytes)
     assert found.decode_bytes(3, 10) == expected

@@ -207,6 +207,7 @@ def profile_of(lengths, batches=(1,)):
             m, k - 1, batch, n, 4, prefill_ms=10.0 * n * k, prefill_ms_range=None,
             prefill_bound_ms=1.0, decode_tokens_per_s=5.0 / k, decode_tokens_per_s_range=(1, 9),
             decode_bound_tokens_per_s=9.0, prefill_mixing_share=None, decode_mixing_share=0.5,
+            decode_own_ms=0.0,
             weight_bytes=1000, kv_bytes=100 * n, ssm_bytes=7 * k, peak_mib=None, warm_up_ms=1.0,
         )
         for k, m in enumerate(("teacher", "student"), 1) for batch in batches for n in lengths

@@ -1,13 +1,16 @@
 """Models of real size with random weights: speed does not ask what a weight says."""
 
 import gc
+from functools import lru_cache
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
-from workbench.models.hybrid import build_hybrid
+from workbench.models.hybrid import MIXER_OPTIONS, build_hybrid, hybrid_class
+from workbench.models.plan import Plan
 from workbench.models.teacher import VLM
-from workbench.steps.conversion.selection import choose_layers
+from workbench.steps.conversion.selection import choose_layers, even_layers
+from workbench.steps.efficiency.bounds import Sizes, sizes
 
 PHI_2 = {
     "vocab_size": 51200, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32,
@@ -42,6 +45,16 @@ def hybrid(teacher: VLM, ratio: float, **options) -> VLM:
     plan = choose_layers(teacher, ratio=ratio)
     model = build_hybrid(teacher.model, plan, options).eval()
     return VLM(f"{teacher.name} {ratio:.1%}", model, None, plan)
+
+
+@lru_cache
+def phi_2_sizes(ratio: float) -> Sizes:
+    """Sizes of a hybrid of Phi-2, bf16, whose weights are nowhere."""
+    n_layers = PHI_2["num_hidden_layers"]
+    plan = Plan(n_layers, even_layers(n_layers, round(ratio * n_layers)), "even", "for its size")
+    described = {"plan": plan.to_dict(), "options": dict(MIXER_OPTIONS)}
+    config = PhiConfig(**PHI_2, ssm_hybrid=described)
+    return sizes(_built(hybrid_class(PhiForCausalLM), config, "meta", torch.bfloat16, "phi-2"))
 
 
 def free() -> None:

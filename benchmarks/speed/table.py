@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.speed.models import phi_2_sizes
+
 
 def ratio_of(row: dict) -> str:
     """Tell "teacher", or the hybrid's share of Mamba-2 as the model's name has it."""
@@ -45,6 +47,30 @@ def table(rows: Iterable[dict], mode: str, title: str) -> str:
     return "\n".join(lines)
 
 
+def reached(row: dict | None, bandwidth: float) -> str:
+    """Share of what a hybrid can reach that pays for its own gate and states, and of Amdahl's."""
+    if row is None or "speed_up" not in row:
+        return ""
+    own = phi_2_sizes(float(ratio_of(row).rstrip("%")) / 100).own_bytes(row["batch"])
+    teacher_seconds = row["ms"] * row["speed_up"] / 1e3
+    reachable = 1 / (1 / row["amdahl"] + own / bandwidth / teacher_seconds)
+    share, strict = row["speed_up"] / reachable, row["speed_up"] / row["amdahl"]
+    return f"{100 * share:.0f} ({100 * strict:.0f})"
+
+
+def reach(rows: Iterable[dict], mode: str, bandwidth: float) -> str:
+    """Markdown: as `table`, how much of the speed-up that can be reached was reached."""
+    cells, ratios = grid(rows, mode)
+    ratios = [name for name in ratios if name != "teacher"]
+    title = "% of the reachable speed-up (of Amdahl's)"
+    lines = [f"| {title} | {' | '.join(ratios)} |", "| --- |" + " ---: |" * len(ratios)]
+    for (tokens, batch), found in sorted(cells.items(), key=lambda cell: cell[0][::-1]):
+        figures = [reached(found.get(name), bandwidth) for name in ratios]
+        if any(figures):
+            lines.append(f"| {batch} x {tokens:,} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
 def modes(rows: Iterable[dict], tokens: int) -> str:
     """Markdown: one sequence at one length, a row for each mode."""
     rows = [row for row in rows if (row["tokens"], row["batch"]) == (tokens, 1) and "ms" in row]
@@ -59,13 +85,15 @@ def modes(rows: Iterable[dict], tokens: int) -> str:
 
 
 def tables(path: str | Path) -> list[str]:
-    """All of them: decode, its modes, and prefill."""
-    found = json.loads(Path(path).read_text())["rows"]
-    rows = [row for row in found if not row["model"].startswith("smollm2")]  # another size
+    """All of them: decode, how much of its bound that is, its modes, and prefill."""
+    found = json.loads(Path(path).read_text())
+    bandwidth = 1e9 * float(found["about"]["bandwidth_GB_s"])
+    rows = [row for row in found["rows"] if not row["model"].startswith("smollm2")]  # another size
     decode = [row for row in rows if row["what"] == "decode"]
     prefill = [row for row in rows if row["what"] == "prefill"]
     return [
         table(decode, "graph", "ms a token, batch x context"),
+        reach(decode, "graph", bandwidth),
         modes(decode, 828),
         table(prefill, "static", "ms a prompt, batch x tokens"),
     ]

@@ -3,6 +3,7 @@
 *Roof*: a step cannot take less time than its bytes need at the machine's bandwidth, nor than its
 operations need at the rate of a large matrix product. *Amdahl*: a hybrid that mixes in no time at
 all still pays for the rest; the share of mixing in the teacher is measured by leaving it out.
+*Reachable*: one that mixes by Mamba-2 reads its gate, too, and its states, which Amdahl forgets.
 """
 
 from collections.abc import Iterator
@@ -33,6 +34,11 @@ class Sizes:
     ssm_bytes: int  # of one sequence
     attention_width: int  # heads * headdim, summed over the layers that attend
     state_size: int  # n_heads * headdim * d_state, summed over the Mamba-2 layers
+    new_parameters: int  # of the Mamba-2 layers, what attention did not have: gate, dt, convolution
+
+    def own_bytes(self, batch: int) -> int:
+        """Count what one step moves for Mamba-2 that it would not if attention were just gone."""
+        return self.new_parameters * self.bytes_each + 2 * batch * self.ssm_bytes
 
     def decode_bytes(self, batch: int, context: int) -> int:
         """Count what one step reads and writes at least, for so many rows of so many tokens."""
@@ -66,8 +72,10 @@ def sizes(vlm: VLM) -> Sizes:
     layers = model.get_decoder().layers
     headdim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     n_attention = config.num_hidden_layers - len(changed)
-    ssm = state = 0
+    ssm = state = new = 0
     for mixer in changed.values():
+        old = mixer.names.all()
+        new += sum(p.numel() for n, p in mixer.named_parameters() if n.partition(".")[0] not in old)
         c = mixer.config
         state += c.n_heads * c.headdim * c.d_state
         ssm += 4 * c.n_heads * c.headdim * c.d_state
@@ -81,6 +89,7 @@ def sizes(vlm: VLM) -> Sizes:
         ssm_bytes=ssm,
         attention_width=n_attention * config.num_attention_heads * headdim,
         state_size=state,
+        new_parameters=new,
     )  # fmt: skip
 
 
@@ -90,14 +99,15 @@ def ratio(vlm: VLM) -> float:
     return 0.0 if plan is None else plan.ratio
 
 
-def amdahl(share: float, replaced: float) -> float:
+def amdahl(share: float, replaced: float, added: float = 0.0) -> float:
     """Return the largest speed-up when `replaced` of a `share` of the time costs nothing.
 
     Args:
         share: of mixing in the teacher's time, 0 to 1.
         replaced: share of the layers that no longer attend, 0 to 1.
+        added: what stands in costs at least, as a share of the teacher's time.
     """
-    return 1 / max(1 - share * replaced, 1e-9)
+    return 1 / max(1 - share * replaced + added, 1e-9)
 
 
 class Idle:

@@ -41,9 +41,7 @@ class _Prompt:
 
     def inputs(self, vlm: VLM, max_new_tokens: int) -> dict[str, Tensor]:
         if self.sample is not None:
-            return prepare_inputs(
-                vlm, [self.sample.images], [self.sample.question], max_new_tokens
-            )
+            return prepare_inputs(vlm, [self.sample.images], [self.sample.question], max_new_tokens)
         generator = torch.Generator().manual_seed(0)
         words = len(vlm.tokenizer) // 2 if vlm.tokenizer is not None else 100
         ids = torch.randint(words // 2, words, (self.batch, self.length), generator=generator)
@@ -205,6 +203,7 @@ class _Meter:
             / like.decode_seconds(best, self.prompt.batch, context),
             prefill_mixing_share=_share(prefill, self.idle_prefill[1:]),
             decode_mixing_share=_share(decode, self.idle_decode[1:]),
+            decode_own_ms=like.own_bytes(self.prompt.batch) / best.bandwidth * 1e3,
             weight_bytes=weight_bytes,
             kv_bytes=self.held[0],
             ssm_bytes=self.held[1],
@@ -263,4 +262,3 @@ def _default_samples() -> list[Sample]:
     describe = next(s for s in data if s.family == "describe")
     several = max((s for s in data if s.family == "several"), key=lambda s: len(s.images))
     return [describe, several]
-

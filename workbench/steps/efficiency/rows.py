@@ -30,6 +30,9 @@ class ProfileRow:
     decode_bound_tokens_per_s: float
     prefill_mixing_share: float | None  # of attention in a teacher's time, measured without it
     decode_mixing_share: float | None
+    decode_own_ms: (
+        float  # that gate and states of Mamba-2 cost at least, of each step; 0: a teacher
+    )
     weight_bytes: int
     kv_bytes: int
     ssm_bytes: int
@@ -76,6 +79,14 @@ class Profile:
             return None, bound
         return row.decode_tokens_per_s / teacher.decode_tokens_per_s, bound
 
+    def decode_reachable(self, row: ProfileRow) -> float | None:
+        """Return the most that a row could gain if it also pays for its own gate and states."""
+        teacher, (_, bound) = self.teacher_of(row), self.decode_speed_up(row)
+        if bound is None or not teacher.decode_tokens_per_s:
+            return None
+        step_ms = 1e3 * row.batch_size / teacher.decode_tokens_per_s
+        return amdahl(teacher.decode_mixing_share, row.ratio, row.decode_own_ms / step_ms)
+
     def prefill_speed_up(self, row: ProfileRow) -> tuple[float | None, float | None]:
         """Return how much faster a row reads its prompt than its teacher, and the most it could."""
         teacher = self.teacher_of(row)
@@ -95,6 +106,7 @@ class Profile:
                 "cache_bytes": row.cache_bytes,
                 "decode_speed_up": self.decode_speed_up(row)[0],
                 "decode_speed_up_bound": self.decode_speed_up(row)[1],
+                "decode_speed_up_reachable": self.decode_reachable(row),
                 "prefill_speed_up": self.prefill_speed_up(row)[0],
                 "prefill_speed_up_bound": self.prefill_speed_up(row)[1],
             }
@@ -118,8 +130,8 @@ class Profile:
         peak = any(row.peak_mib is not None for row in self.rows)
         lines = [
             f"{'model':<14}{'batch':>6}{'prompt':>8}{'prefill ms':>12}{'tokens/s':>10}"
-            f"{'of roof':>9}{'speed-up':>10}{'at most':>9}{'weights MiB':>13}{'cache KiB':>11}"
-            + (f"{'peak MiB':>10}" if peak else "")
+            f"{'of roof':>9}{'speed-up':>10}{'reachable':>11}{'at most':>9}{'weights MiB':>13}"
+            f"{'cache KiB':>11}" + (f"{'peak MiB':>10}" if peak else "")
         ]
         for r in self.rows:
             reached, most = self.decode_speed_up(r)
@@ -127,7 +139,8 @@ class Profile:
             lines.append(
                 f"{r.model:<14}{r.batch_size:>6}{r.n_prompt_tokens:>8}"
                 f"{_shown(r.prefill_ms, '.1f'):>12}{_shown(r.decode_tokens_per_s, '.1f'):>10}"
-                f"{_shown(share, '.0%'):>9}{_shown(reached, '.2f'):>10}{_shown(most, '.2f'):>9}"
+                f"{_shown(share, '.0%'):>9}{_shown(reached, '.2f'):>10}"
+                f"{_shown(self.decode_reachable(r), '.2f'):>11}{_shown(most, '.2f'):>9}"
                 f"{r.weight_bytes / 2**20:>13.1f}{r.cache_bytes / 2**10:>11.0f}"
                 + (f"{_shown(r.peak_mib, '.0f'):>10}" if peak else "")
                 + (f"  {r.note}" if r.note else "")
