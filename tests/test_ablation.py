@@ -63,6 +63,17 @@ def test_of_a_language_model_one_seed_of_each_ratio_comes_before_more():
     assert jobs.index(placed[0]) > jobs.index(Job("train", BY_NAME["random"], 50, 0))
 
 
+def test_only_takes_rows_groups_and_single_jobs():
+    args = run.parsed(["--only", "train/calibrated/50/1", "start/aligned/25/2"])
+    assert [job.key for job in jobs_of(args)] == [
+        "train/calibrated/50/1", "donor//0/2", "start/aligned/25/2",
+    ]  # fmt: skip
+    rows = {job.row.name for job in jobs_of(run.parsed(["--only", "mixer"]))}
+    assert rows == {row.name for row in ROWS if row.group == "mixer"}
+    with pytest.raises(wb.WorkbenchError, match="'calibratd' is no row"):
+        jobs_of(run.parsed(["--only", "calibratd"]))
+
+
 def test_rows_come_from_a_file(tmp_path):
     stage = {"name": "both", "steps": 4, "layer_weight": 0.5, "kl_weight": 1.0, "lr": 3e-3}
     path = rows_file(

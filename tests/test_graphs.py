@@ -88,12 +88,11 @@ def test_without_a_gpu_graphs_are_refused():
 
 @needs_gpu
 def test_another_thread_may_pin_memory_meanwhile():
-    done, rounds = threading.Event(), []
+    done, pinned = threading.Event(), []
 
-    def pin():
+    def pin():  # what is kept cannot be handed out again, so that each asks CUDA
         while not done.is_set():
-            torch.empty(2**16 + 2**10 * len(rounds)).pin_memory()  # a size that is new each time
-            rounds.append(1)
+            pinned.append(torch.empty(2**10).pin_memory())
 
     beside = threading.Thread(target=pin)
     beside.start()
@@ -106,7 +105,7 @@ def test_another_thread_may_pin_memory_meanwhile():
     finally:
         done.set()
         beside.join()
-    assert len(rounds) > 30
+    assert len(pinned) > 30
 
 
 @needs_gpu

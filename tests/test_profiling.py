@@ -86,7 +86,8 @@ def test_the_bytes_and_operations_of_a_step_are_counted():
     assert found.kv_bytes_a_token == 2 * 2 * 48 * 4
     assert found.ssm_bytes == 2 * (3 * 48 * 3 + 4 * 12 * 12) * 4
     assert found.new_parameters == 2 * NEW
-    assert found.own_bytes(3) == 4 * found.new_parameters + 6 * found.ssm_bytes
+    assert found.own_bytes(3) == 4 * 2 * NEW + 6 * found.ssm_bytes
+    assert sizes(tiny.vlm()).own_bytes(3) == 0
     weights = 4 * (found.layer_parameters + 300 * 48)
     expected = weights + 3 * (10 * 768 + 2 * found.ssm_bytes)
     assert found.decode_bytes(3, 10) == expected
@@ -109,6 +110,10 @@ def test_a_sweep_goes_over_lengths_and_batches_and_beyond_the_models_positions(t
     assert shapes == [(n, b) for n in (8, 300) for b in (1, 2) for _ in range(2)]
     assert [r.note for r in result.rows[:4]] == [""] * 4
     assert all("speed only: the model has 256 positions" in r.note for r in result.rows[4:])
+    teachers, hybrid = result.rows[2], result.rows[3]  # of two prompts side by side
+    step_ms = 2e3 / teachers.decode_tokens_per_s
+    cost = 1 - hybrid.ratio * teachers.decode_mixing_share + hybrid.decode_own_ms / step_ms
+    assert result.decode_reachable(hybrid) == pytest.approx(1 / cost)
     assert "traceEvents" in json.loads(trace.read_text())
     saved = json.loads(result.save(tmp_path / "profile.json").read_text())
     assert len(saved["rows"]) == 8

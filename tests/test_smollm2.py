@@ -354,7 +354,7 @@ def test_the_training_script_makes_a_hybrid_and_scores_it(tmp_path, monkeypatch,
     options = {
         "corpus": tmp_path, "gguf": path, "heldout": tmp_path / "held", "out": tmp_path / "out",
         "steps": 2, "batch": 4, "context": 32, "chat-share": 0.5, "answer-tokens": 5,
-        "chat-batch": 2, "log-every": 1,
+        "chat-batch": 2, "log-every": 1, "align": 3, "method": "greedy",
     }  # fmt: skip
     line = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     monkeypatch.setattr("sys.argv", ["train_hybrids", "25:1", "50:1", *line])
@@ -365,7 +365,10 @@ def test_the_training_script_makes_a_hybrid_and_scores_it(tmp_path, monkeypatch,
             "delta.safetensors", "plan.json", "curve.json",
         }  # fmt: skip
         assert len(json.loads((folder / "plan.json").read_text())["plan"]["mamba_layers"]) == n
-        assert len(json.loads((folder / "curve.json").read_text())["rows"]) == 2
+        curve = json.loads((folder / "curve.json").read_text())
+        assert len(curve["rows"]) == 2
+        assert [stage["name"] for stage in curve["stages"]] == ["distill"]  # aligned before
+    assert len(json.loads((tmp_path / "out" / "align.json").read_text())["rows"]) == 3
     results = json.loads((tmp_path / "out" / "perplexity.json").read_text())
     assert [row["model"] for row in results] == [
         "smollm2-135m", "smollm2-135m-25", "smollm2-135m-50",

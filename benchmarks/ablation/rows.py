@@ -147,10 +147,17 @@ class Job:
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """Every job once, in the order in which they are begun."""
+    """Every job once, in the order in which they are begun.
+
+    Raises:
+        WorkbenchError: `--only` names what does not exist; or as `read_rows`.
+    """
     rows = read_rows(args.rows) if args.rows else None
-    found = _given(rows, args) if rows else _built_in(args)
+    found = list(_given(rows, args) if rows else _built_in(args))
     first = [Job("teacher")] if args.score else []
+    known = {name for job in found for name in _names(job)}
+    if unknown := [name for name in args.only or () if name not in known]:
+        raise wb.WorkbenchError(f"--only {unknown[0]!r} is no row, group or job of this run.")
     jobs = list({job.key: job for job in (*first, *found) if _wanted(job, args)}.values())
     donors, ordered = set(), []
     for job in jobs:
@@ -162,8 +169,12 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 
 
 def _wanted(job: Job, args: argparse.Namespace) -> bool:
-    names = {job.row.group, job.row.name, job.key} if job.row else set()
-    return job.row is None or not args.only or bool(names & set(args.only))
+    return job.row is None or not args.only or bool(_names(job) & set(args.only))
+
+
+def _names(job: Job) -> set[str]:
+    """What `--only` may call a job."""
+    return {job.row.group, job.row.name, job.key}
 
 
 def _given(rows: tuple[Row, ...], args: argparse.Namespace) -> Iterator[Job]:

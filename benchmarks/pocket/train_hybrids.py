@@ -37,9 +37,7 @@ def batches(teacher: wb.VLM, args: argparse.Namespace) -> DataLoader:
         Encoder(teacher.processor.tokenizer), args.batch, seed=args.seed + 1000,
         mixture=MIXTURE | HARD, several_every=args.several_every,
     )  # fmt: skip
-    # What pins memory is a thread, which may not use CUDA while this one records graphs.
-    pins = on_gpu() and not args.graph
-    return DataLoader(data, batch_size=None, num_workers=args.workers, pin_memory=pins)
+    return DataLoader(data, batch_size=None, num_workers=args.workers, pin_memory=on_gpu())
 
 
 def stages_of(args: argparse.Namespace) -> tuple[Stage, ...]:

@@ -1,6 +1,7 @@
 """Distil the SmolLM2 hybrids from SmolLM2-135M-Instruct, one after the other.
 
-    python -m benchmarks.smollm2.train_hybrids --corpus FOLDER --out FOLDER 12.5:200 25:300 50:400
+    python -m benchmarks.smollm2.train_hybrids --corpus FOLDER --out FOLDER --batch 16
+        --context 2048 --align 300 --method greedy --kernels torch 25:160 12.5:110 50:190
 
 `--corpus` is what benchmarks.smollm2.corpus wrote. Made by the library's own verbs, align,
 choose_layers, convert and distill, from the teacher alone: on packed text, and on chats whose
@@ -14,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from workbench.data.text import TextBatches, TokenIds, encode_chats, load_texts,
 from workbench.mamba import kernels
 from workbench.models.delta import load_delta, save_delta
 from workbench.models.hybrid import plan_of
+from workbench.models.prompts import position_limit
 from workbench.models.sources import smollm2
 from workbench.steps.training.stages import RECIPES
 
@@ -89,20 +92,27 @@ def distilled(
 
 
 def some_of(data: Mixture) -> Iterator[dict[str, torch.Tensor]]:
-    """A few sequences of each batch, of text as of chats."""
+    """A few sequences of each batch, text and chats in their proportion."""
     for batch in data:
-        yield {name: t[-FEW:] for name, t in batch.items()}
+        n = len(batch["input_ids"])
+        chosen = torch.linspace(0, n - 1, min(FEW, n)).round().long()
+        yield {name: t[chosen] for name, t in batch.items()}
 
 
 def aligned(teacher: wb.VLM, data: Mixture, args: argparse.Namespace) -> wb.VLM | None:
     """The donor of all hybrids: a mixer for every layer, to search with and to start from."""
     if not args.align:
         return None
-    return wb.align(
+    rows: list[wb.StepRow] = []
+    donor = wb.align(
         teacher, data, steps=args.align, init=args.init, calibration=some_of(data), lr=args.lr,
-        seed=args.seed, compile_layers=on_gpu() and not args.eager,
-        on_step=lambda row: print(f"align {row}", flush=True),
+        seed=args.seed, compile_layers=on_gpu() and not args.eager, on_step=rows.append,
     )  # fmt: skip
+    print(f"aligned: {rows[-1]}", flush=True)
+    curve = {"tokens": args.align * args.batch * args.context, "rows": [asdict(r) for r in rows]}
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    (Path(args.out) / "align.json").write_text(json.dumps(curve, indent=1))
+    return donor
 
 
 def started(
@@ -123,13 +133,9 @@ def train_hybrid(
     """Place, convert, distil, save."""
     stages = RECIPES[args.recipe][-1:] if donor else RECIPES[args.recipe]  # it is aligned already
     plan = wb.choose_layers(
-        teacher,
-        ratio=percent / 100,
-        method=args.method,
-        donor=donor,
-        data=some_of(data),
+        teacher, ratio=percent / 100, method=args.method, donor=donor, data=some_of(data),
         limit=args.limit,
-    )
+    )  # fmt: skip
     print(plan, flush=True)
     steps = args.steps or steps_in(
         seconds, stages, lambda: started(teacher, plan, percent, donor, data, args),
@@ -155,14 +161,14 @@ def train_hybrid(
 def score(teacher: wb.VLM, folders: list[Path], args: argparse.Namespace) -> None:
     """Print and keep the perplexity of the teacher and of the hybrids, read from their deltas."""
     texts = load_texts(args.heldout, limit=args.heldout_limit)
-    results = []
+    window, results = min(WINDOW, position_limit(teacher)), []
     for folder in [None, *folders]:
         vlm = teacher
         if folder is not None:
             model = load_delta(teacher.model, folder)
             name = f"{smollm2.TEACHER}-{folder.name.removeprefix('hybrid-')}"
             vlm = wb.VLM(name, model, teacher.processor, plan_of(model))
-        result = wb.perplexity(vlm, texts, context=WINDOW, batch_size=8 if on_gpu() else 1)
+        result = wb.perplexity(vlm, texts, context=window, batch_size=8 if on_gpu() else 1)
         print(result, flush=True)
         print(wb.answer(vlm, [], "What is the capital of France?", max_new_tokens=40), flush=True)
         results.append(result.to_dict())

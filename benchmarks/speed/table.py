@@ -62,7 +62,7 @@ def reach(rows: Iterable[dict], mode: str, bandwidth: float) -> str:
     """Markdown: as `table`, how much of the speed-up that can be reached was reached."""
     cells, ratios = grid(rows, mode)
     ratios = [name for name in ratios if name != "teacher"]
-    title = "% of the reachable speed-up (of Amdahl's)"
+    title = "% of the reachable speed-up (of Amdahl's), batch x context"
     lines = [f"| {title} | {' | '.join(ratios)} |", "| --- |" + " ---: |" * len(ratios)]
     for (tokens, batch), found in sorted(cells.items(), key=lambda cell: cell[0][::-1]):
         figures = [reached(found.get(name), bandwidth) for name in ratios]

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from workbench.models.engine.operations import Operations
 from workbench.models.families import text_config
 from workbench.models.hybrid import plan_of
 from workbench.models.teacher import VLM
+
+RECORDING = Lock()  # a process can record one CUDA graph at a time
 
 
 class Lean:
@@ -126,8 +129,8 @@ class Lean:
                     self._step()
             torch.cuda.current_stream().wait_stream(beside)
             self.graph = torch.cuda.CUDAGraph()
-            # Another thread may allocate or load a model meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            # Another thread may allocate and copy meanwhile, but not wait for the whole device.
+            with RECORDING, torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.logits = self._step()
         self.state.begin(None)
 

@@ -3,7 +3,7 @@
 *Roof*: a step cannot take less time than its bytes need at the machine's bandwidth, nor than its
 operations need at the rate of a large matrix product. *Amdahl*: a hybrid that mixes in no time at
 all still pays for the rest; the share of mixing in the teacher is measured by leaving it out.
-*Reachable*: one that mixes by Mamba-2 reads its gate, too, and its states, which Amdahl forgets.
+*Reachable*: Mamba-2 also reads its gate, and reads and writes its states, which Amdahl forgets.
 """
 
 from collections.abc import Iterator

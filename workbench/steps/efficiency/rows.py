@@ -30,9 +30,7 @@ class ProfileRow:
     decode_bound_tokens_per_s: float
     prefill_mixing_share: float | None  # of attention in a teacher's time, measured without it
     decode_mixing_share: float | None
-    decode_own_ms: (
-        float  # that gate and states of Mamba-2 cost at least, of each step; 0: a teacher
-    )
+    decode_own_ms: float  # least a step spends on Mamba-2's gate and states; 0 of a teacher
     weight_bytes: int
     kv_bytes: int
     ssm_bytes: int

@@ -67,8 +67,8 @@ def distill(
         compile_layers: `torch.compile` every decoder layer (worth it for long runs on a GPU; not
             with FSDP).
         graph_layers: record every decoder layer as CUDA graphs, once a shape: small models, which
-            wait for launches, train several times as fast. Takes a GPU, one process, and no
-            gradient checkpointing.
+            wait for launches, train several times as fast. Takes a GPU, one process, no gradient
+            checkpointing, and no other thread that waits for the whole GPU while it records.
         bf16: bfloat16 autocast, of forward and backward only; None is on a GPU, but not on a CPU,
             where it pays if the processor multiplies bfloat16 itself (AVX-512 BF16, AMX).
         on_step: called with each logged `StepRow`.
