@@ -41,8 +41,8 @@ their scores.</p>
 """
 WHAT_SMOLLM2_KNOWS = """
 <p class="caption">SmolLM2-135M-Instruct is a real language model, and a very small one: its English
-is fluent, its facts are often wrong. Its hybrids lose the thread sooner, the 50% one within a few
-sentences. None remembers the question before.</p>
+is fluent, its facts are often wrong. Its hybrids are wrong more often, and sooner go round in
+circles. None remembers the question before.</p>
 """
 ENABLE = "() => ({{__type__: 'update', interactive: {}}})"
 LINE = 32  # questions that may wait for their turn, each in one of Gradio's 40 threads
