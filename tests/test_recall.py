@@ -9,6 +9,7 @@ from workbench.data import load_data
 from workbench.data.recall import FILLER, TOKENS_PER_FACT, load_recall
 from workbench.errors import WorkbenchError
 from workbench.models.teacher import VLM
+from workbench.steps.quality import evaluation
 from workbench.steps.quality.evaluation import evaluate
 
 FACT = r"The number of (\w+)'s (\w+) is (\d{4})\."
@@ -59,3 +60,17 @@ def test_it_is_reported_by_length():
     vlm.model.config.max_position_embeddings = 4096
     result = evaluate(vlm, load_data("recall", length=(64, 128), limit=4), max_new_tokens=3)
     assert set(result.by_family) == {"64", "128"}
+
+
+def test_questions_of_one_length_are_answered_together(monkeypatch):
+    asked = []
+
+    def answer(vlm, samples, **_):
+        asked.extend(samples)
+        return [sample.answer for sample in samples]
+
+    monkeypatch.setattr(evaluation, "answer_batch", answer)
+    vlm = VLM("letters", tiny.language_model("llama"), tiny.tokenizer())
+    result = evaluate(vlm, load_data("recall", length=(128, 1024), limit=8))
+    assert [sample.family for sample in asked] == ["128"] * 4 + ["1024"] * 4
+    assert result.score == 1

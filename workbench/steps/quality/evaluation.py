@@ -125,9 +125,12 @@ def evaluate(
     return Evaluation(vlm.name, name, tuple(records[i] for i in range(len(samples))))
 
 
-def _cost(sample: Sample) -> tuple[int, int]:
-    """How long a prompt and its answer are: a batch takes as long as its longest."""
-    return len(sample.images), len(sample.answer)
+def _cost(sample: Sample) -> tuple[int, int, int]:
+    """How long a prompt and its answer are: a batch takes as long as its longest.
+
+    Questions of a sentence or two count as equally long, so that answers of one length meet.
+    """
+    return len(sample.images), len(sample.question) // 256, len(sample.answer)
 
 
 def _mean(values: Sequence[float]) -> float:
