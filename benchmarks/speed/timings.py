@@ -21,6 +21,7 @@ from workbench.steps.efficiency.machine import machine
 
 RATIOS = (0, 0.125, 0.25, 0.5, 0.75, 1)
 STEPS, ROUNDS = 32, 3
+TURNS = 30  # of models that are close to each other
 ROOM = 256  # places beyond the context
 PAPER_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 IMAGE_AND_PROMPT = 828
@@ -146,17 +147,56 @@ def prefill_phi_2(notes, device) -> None:
             free()
 
 
+def prefill_in_turns(notes, device, sizes=PHI_2, lengths=(1024, 2048, 4096)) -> None:
+    """Short prompts, where models differ by less than runs do: all of them in turns.
+
+    `speed_up` is the median, over rounds, of the teacher's time by the hybrid's in the same round;
+    `from` and `to` hold the middle half of the rounds.
+    """
+    teacher = phi(sizes, str(device), torch.bfloat16, "phi-2")
+    for length in lengths:
+        engines = {
+            vlm.name: Engine(vlm, "static", max_length=length + 8)
+            for vlm in (hybrid(teacher, r) for r in RATIOS)
+        }
+        ids = torch.randint(3, 500, (1, length), device=device)
+        for engine in engines.values():  # once each, uncounted: kernels compile and are measured
+            _prefill_seconds(engine, ids)
+        rounds = []
+        for turn in range(TURNS):  # whoever comes first comes later in the next round
+            names = list(engines)[turn % len(engines) :] + list(engines)[: turn % len(engines)]
+            rounds.append({name: _prefill_seconds(engines[name], ids) for name in names})
+        for name in engines:
+            ms = statistics.median(found[name] for found in rounds) * 1e3
+            row = {"what": "prefill in turns", "model": name, "mode": "static", "batch": 1,
+                   "tokens": length, "rounds": TURNS, "ms": ms}  # fmt: skip
+            if name != teacher.name:
+                gains = [found[teacher.name] / found[name] for found in rounds]
+                low, middle, high = statistics.quantiles(gains, n=4)
+                row |= {"speed_up": middle, "from": low, "to": high}
+            notes.add("rows", **row)
+        del engines
+        free()
+
+
 def _prefill_ms(vlm, length) -> float:
     engine = Engine(vlm, "static", max_length=length + 8)
     ids = torch.randint(3, 500, (1, length), device=engine.device)
-    seconds = []
-    for _ in range(ROUNDS + 1):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        engine.prefill({"input_ids": ids}, max_new_tokens=2)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+    seconds = [_prefill_seconds(engine, ids) for _ in range(ROUNDS + 1)]
     return statistics.median(seconds[1:]) * 1e3
+
+
+def _prefill_seconds(engine, ids) -> float:
+    _wait(engine.device)
+    start = time.perf_counter()
+    engine.prefill({"input_ids": ids}, max_new_tokens=2)
+    _wait(engine.device)
+    return time.perf_counter() - start
+
+
+def _wait(device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()
@@ -201,4 +241,4 @@ def _reason(error: Exception) -> str:
 
 
 FIRST = (decode_phi_2, mixing_operation, prefill_phi_2)
-REST = (decode_large_batch, decode_smollm2, paper_figure)
+REST = (prefill_in_turns, decode_large_batch, decode_smollm2, paper_figure)
