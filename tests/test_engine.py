@@ -1,6 +1,7 @@
 """Every mode says what plain `generate` says, for teacher and hybrid, one by one and in batches."""
 
 import shutil
+import threading
 
 import pytest
 import tiny
@@ -73,6 +74,53 @@ def test_other_families_are_read_into_records(family, layers):
     assert engine.reason is None
     inputs = prepare_inputs(vlm, [[], []], [QUESTION, "how many?"], NEW)
     assert engined(engine, inputs) == generated(vlm, inputs)
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("family", ["pictures", "llama", "phi-norms", "qwen2"])
+def test_a_prompt_through_records_leaves_what_the_models_own_forward_leaves(family, layers):
+    vlm = endless(tiny.vlm(layers)) if family == "pictures" else words(family, layers, rope=True)
+    if family == "pictures":
+        inputs = prepare_inputs(vlm, [[tiny.image()]] * 2, [QUESTION] * 2, NEW)
+        inputs["pixel_values"] = torch.randn_like(inputs["pixel_values"])
+    else:
+        inputs = {"input_ids": tiny.token_ids(2, 9)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    engine = Engine(vlm, "static")
+    with torch.inference_mode():
+        logits = engine.prefill(dict(inputs))
+        own = vlm.model(**inputs, use_cache=True, logits_to_keep=1)
+    assert torch.allclose(logits, own.logits[:, -1], atol=1e-4)
+    assert not torch.allclose(logits[0], logits[1], atol=1e-3)
+    seqlen = inputs["input_ids"].shape[1]
+    for slot, other in zip(engine.runner.state.cache.layers, own[CACHE].layers, strict=True):
+        if slot.keys is None:
+            mine = slot.conv_states[0], slot.recurrent_states[0]
+            theirs = other.conv_states[0], other.recurrent_states[0]
+        else:
+            mine = slot.keys[:, :, :seqlen], slot.values[:, :, :seqlen]
+            theirs = other.keys, other.values
+        for one, same in zip(mine, theirs, strict=True):
+            assert torch.allclose(one, same, atol=1e-4)
+
+
+def test_another_thread_may_run_the_model_while_a_prompt_is_embedded(monkeypatch):
+    vlm = endless(tiny.vlm((0, 2)))
+    engine, said = Engine(vlm, "static"), []
+    inputs = prepare_inputs(vlm, [[tiny.image()]], [QUESTION], NEW)
+    decoder = vlm.model.get_decoder()
+    words_only = {"input_ids": inputs["input_ids"][:, -5:]}
+
+    def beside(*unused):  # between the hook and the decoder
+        thread = threading.Thread(target=lambda: said.append(vlm.model(**words_only)))
+        thread.start()
+        thread.join()
+
+    hook = vlm.model.model.multi_modal_projector.register_forward_hook(beside)
+    engine.prefill(dict(inputs))
+    hook.remove()
+    assert len(said) == 1
+    assert not decoder._forward_pre_hooks
 
 
 @pytest.mark.parametrize("start", [[0], [0, 3]], ids=["one", "padded"])

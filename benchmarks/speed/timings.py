@@ -12,7 +12,6 @@ from workbench.models.engine import Engine
 from workbench.steps.efficiency.bounds import (
     Idle,
     amdahl,
-    idle_attention,
     out_of_memory,
     ratio,
     sizes,
@@ -133,8 +132,7 @@ def prefill_phi_2(notes, device) -> None:
                 ms = _prefill_ms(vlm, length)
                 if not r:
                     base = ms
-                    with idle_attention(vlm.model):
-                        mixing = max(0.0, 1 - _prefill_ms(vlm, length) / ms)
+                    mixing = max(0.0, 1 - _prefill_ms(vlm, length, Idle) / ms)
                 best = machine(device, torch.bfloat16)
                 bound = sizes(vlm).prefill_seconds(best, 1, length) * 1e3
                 row |= {"tokens": length, "ms": ms, "bound_ms": bound, "of_bound": bound / ms}
@@ -179,8 +177,8 @@ def prefill_in_turns(notes, device, sizes=PHI_2, lengths=(1024, 2048, 4096)) -> 
         free()
 
 
-def _prefill_ms(vlm, length) -> float:
-    engine = Engine(vlm, "static", max_length=length + 8)
+def _prefill_ms(vlm, length, wrap=None) -> float:
+    engine = Engine(vlm, "static", max_length=length + 8, wrap=wrap)
     ids = torch.randint(3, 500, (1, length), device=engine.device)
     seconds = [_prefill_seconds(engine, ids) for _ in range(ROUNDS + 1)]
     return statistics.median(seconds[1:]) * 1e3

@@ -175,9 +175,20 @@ class Mamba2Mixer(nn.Module):
             (batch, seqlen, d_model) and the state after the last position.
         """
         said = self._project(hidden_states)
-        mix = partial(fused.mix, self) if fused.suits(self, said) else self.mix_in_parts
-        y, *after = mix(said, mask=mask, rotary=rotary, state=state)
+        y, *after = self.mix(said, mask=mask, rotary=rotary, state=state)
         return getattr(self, self.names.out)(y), MixerState(*after)
+
+    def mix(
+        self,
+        said: Projected,
+        *,
+        mask: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        state: MixerState | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Do what stands between the projections; arguments as `forward`, result as below."""
+        mix = partial(fused.mix, self) if fused.suits(self, said) else self.mix_in_parts
+        return mix(said, mask=mask, rotary=rotary, state=state)
 
     def mix_in_parts(
         self,

@@ -89,6 +89,7 @@ class MixerPart:
     D: Tensor  # (n_heads,), float32
     norm_weight: Tensor | None
     config: Mamba2Config
+    mixer: Mamba2Mixer  # that mixes prompts
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,7 @@ def _mixer(mixer: Mamba2Mixer) -> MixerPart:
         D=mixer.D,
         norm_weight=mixer.norm.weight if config.norm else None,
         config=config,
+        mixer=mixer,
     )
 
 

@@ -8,9 +8,10 @@
 | compiled | its parts through torch.compile; on a GPU recorded as a graph on top                 |
 
 Greedy answers are those of `generate` in each mode. Families whose layers cannot be read into
-records run their own forward on a static cache instead; `Engine.reason` then says why. Prompts are
-read by the model's own forward in every mode. What is made once, kernels compiled and graphs
-recorded, is made before the first token and timed as `warm_up_ms`; no other figure contains it.
+records run their own forward on a static cache instead; `Engine.reason` then says why. Prompts go
+through the records, too; only batches that are padded take the model's own forward. What is made
+once, kernels compiled and graphs recorded, is made before the first token and timed as
+`warm_up_ms`; no other figure contains it.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""What a decoder layer does with one token: the same four parts, computed in different ways.
+"""What a decoder layer does with a token: the same four parts, computed in different ways.
 
 `Operations` is plain torch and runs anywhere. `Compiled` hands the parts to torch.compile, one
 layer of each kind only, so that a deep model compiles as fast as a shallow one. `packed` has them
@@ -19,7 +19,7 @@ from torch import Tensor
 from workbench.models.engine.decoder import AttentionPart, Block, Decoder, Matrix, MixerPart, Norm
 
 if TYPE_CHECKING:
-    from workbench.models.engine.decoding import State
+    from workbench.models.engine.decoding import State, StaticSlot
 
 Inward = tuple[Tensor, ...]
 
@@ -34,6 +34,11 @@ class Operations:
 
     def __init__(self, by_place: bool = False) -> None:
         self.by_place = by_place
+
+    @property
+    def for_prompts(self) -> "Operations":
+        """What reads prompts, whose lengths differ."""
+        return self
 
     def begin(self, state: "State") -> None:
         """Prepare what all layers of one step share: which places a row sees."""
@@ -74,6 +79,28 @@ class Operations:
         grouped = q.unflatten(1, (part.n_kv_heads, -1))
         mixed = F.scaled_dot_product_attention(grouped, keys, values, self.seen, scale=part.scale)
         return mixed.flatten(1)
+
+    def attend_prompt(
+        self,
+        part: AttentionPart,
+        inward: Inward,
+        cos: Tensor,
+        sin: Tensor,
+        slot: "StaticSlot",
+        batch: int,
+    ) -> Tensor:
+        """Keep a prompt's keys and values, and attend: (batch * seqlen, heads * headdim).
+
+        cos and sin: (seqlen, rotated width).
+        """
+        cos, sin = (t.repeat(batch, 1)[:, None] for t in (cos, sin))
+        q, k, v = (
+            t.unflatten(0, (batch, -1)).transpose(1, 2) for t in rotated(part, inward, cos, sin)
+        )
+        k, v = slot.update(k, v)
+        shared = {"enable_gqa": True} if part.n_kv_heads < part.n_heads else {}
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=part.scale, **shared)
+        return mixed.transpose(1, 2).flatten(0, 1).flatten(1)
 
     def mix(
         self,
@@ -258,6 +285,11 @@ class Compiled(Operations):
         self.leave = torch.compile(_own(leave), **options)
         self.mix = torch.compile(_own(mix), **options) if _is_plain(inner, "mix") else inner.mix
         self.begin, self.attend, self.logits = inner.begin, inner.attend, inner.logits
+
+    @property
+    def for_prompts(self) -> Operations:
+        """What is not compiled: each length would be compiled anew."""
+        return self.inner
 
 
 def _is_plain(operations: Operations, name: str) -> bool:

@@ -1,7 +1,8 @@
 """What an engine drives: a prompt in, then one token at a time, always from the same tensors.
 
-`Lean` reads the decoder into records and runs their step; it can record the step as a CUDA graph.
-`Forward` calls the model's own forward and takes any family, on a cache that grows or a static one.
+`Lean` reads the decoder into records, through which prompts and steps go; it can record the step as
+a CUDA graph. `Forward` calls the model's own forward and takes any family, on a cache that grows or
+a static one.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from workbench.models.cache import CACHE, SSMSlot, cache_bytes, install_slots
 from workbench.models.engine.decoder import Decoder
 from workbench.models.engine.decoding import State, StaticSlot, step
 from workbench.models.engine.operations import Operations
+from workbench.models.engine.prompt import embed, read
 from workbench.models.families import text_config
 from workbench.models.hybrid import plan_of
 from workbench.models.teacher import VLM
@@ -27,7 +29,7 @@ class Lean:
     """A decoder's records, a state of fixed size, and a step.
 
     Args:
-        vlm: the model; its own forward reads prompts.
+        vlm: the model; its own forward reads prompts that are padded.
         decoder: what it was read into.
         operations: how a step is computed.
         batch_size: sequences side by side.
@@ -69,11 +71,14 @@ class Lean:
             The logits after it, (batch, vocabulary).
         """
         self.state.begin(start)
-        output = self.vlm.model(
-            **inputs, **{CACHE: self.state.cache}, use_cache=True, logits_to_keep=1
-        )
+        if start is None and "position_ids" not in inputs:
+            embedded = embed(self.vlm.model, self.decoder, inputs)
+            logits = read(self.decoder, self.state, self.operations.for_prompts, embedded)
+        else:  # padding needs masks, and positions of its own
+            given = {**inputs, CACHE: self.state.cache}
+            logits = self.vlm.model(**given, use_cache=True, logits_to_keep=1).logits[:, -1]
         self.state.follow(inputs["input_ids"].shape[1])
-        return output.logits[:, -1]
+        return logits
 
     def step(self) -> Tensor:
         """Read `token`; put the likeliest next one in its place, and return all logits."""
