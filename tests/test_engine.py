@@ -14,6 +14,7 @@ from workbench.models.engine.decoder import read_decoder
 from workbench.models.engine.decoding import State, step
 from workbench.models.engine.engine import Engine, draw
 from workbench.models.engine.operations import Operations
+from workbench.models.engine.prompt import read
 from workbench.models.generation import answer_batch, stream_answer
 from workbench.models.hybrid import build_hybrid
 from workbench.models.plan import Plan
@@ -102,6 +103,40 @@ def test_a_prompt_through_records_leaves_what_the_models_own_forward_leaves(fami
             theirs = other.keys, other.values
         for one, same in zip(mine, theirs, strict=True):
             assert torch.allclose(one, same, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("seqlen", [1, 2, 5, 9])
+def test_what_stands_behind_the_end_of_a_prompt_changes_nothing(layers, seqlen):
+    vlm = words("phi-norms", layers, rope=True)
+    decoder, found = read_decoder(vlm.model), []
+    embedded = torch.randn(2, 9, decoder.embedding.shape[1])
+    for end in (None, torch.tensor([seqlen])):
+        state = State(decoder, 2, 12, layers or ())
+        given = embedded[:, :seqlen] if end is None else embedded
+        with torch.no_grad():
+            logits = read(decoder, state, Operations(), given, end)
+        tensors = [logits]
+        for slot in state.cache.layers:
+            if slot.keys is None:
+                tensors += [slot.conv_states[0], slot.recurrent_states[0]]
+            else:
+                tensors += [slot.keys[:, :, :seqlen], slot.values[:, :, :seqlen]]
+        found.append(tensors)
+    for one, same in zip(*found, strict=True):
+        torch.testing.assert_close(one, same)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+def test_short_prompts_are_recorded_and_say_the_same(layers):
+    vlm = words("phi-norms", layers, rope=True)
+    vlm.model.cuda()
+    engine = Engine(vlm, "graph", max_length=200)
+    for seqlen in (9, 5, 1, 130, 9):
+        inputs = {"input_ids": tiny.token_ids(2, seqlen).cuda()}
+        assert engined(engine, inputs) == generated(vlm, inputs)
+    assert list(engine.runner.recorded.recorded) == [128, 200]
 
 
 def test_another_thread_may_run_the_model_while_a_prompt_is_embedded(monkeypatch):

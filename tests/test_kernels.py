@@ -88,7 +88,7 @@ def test_kernels_hand_back_what_they_cannot_do():
 
 
 def test_the_choice_is_measured_once_for_a_class_of_shapes(monkeypatch):
-    given = inputs(8, 100, torch.float32, "cpu")
+    given = inputs(8, 100, torch.bfloat16, "cpu")
     seconds, asked = {"torch": 3.0, "mamba_ssm": 2.0, "fla": 1.0}, []
 
     def timed(name, *unused):
@@ -105,7 +105,11 @@ def test_the_choice_is_measured_once_for_a_class_of_shapes(monkeypatch):
     assert kernels._choose(*given[:5], None) == "fla"
     assert kernels._choose(*given[:5], None) == "fla"
     assert asked == ["torch", "mamba_ssm", "fla"]
-    longer = inputs(8, 200, torch.float32, "cpu")
+    longer = inputs(8, 200, torch.bfloat16, "cpu")
     assert kernels._choose(*longer[:5], None) == "mamba_ssm"
-    short = inputs(8, 3, torch.float32, "cpu")
+    short = inputs(8, 3, torch.bfloat16, "cpu")
     assert kernels._choose(*short[:5], None) == "torch"
+    precise, n_asked = inputs(8, 1000, torch.float32, "cpu"), len(asked)
+    with torch.no_grad():  # a prompt
+        assert kernels._choose(*precise[:5], None) == "torch"
+    assert len(asked) == n_asked

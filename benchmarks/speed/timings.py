@@ -145,29 +145,30 @@ def prefill_phi_2(notes, device) -> None:
             free()
 
 
-def prefill_in_turns(notes, device, sizes=PHI_2, lengths=(1024, 2048, 4096)) -> None:
-    """Short prompts, where models differ by less than runs do: all of them in turns.
+def prefill_in_turns(notes, device, sizes=PHI_2, lengths=(1024, 2048, 4096, 16384)) -> None:
+    """Prompts where models differ by less than runs do: all of them in turns.
 
     `speed_up` is the median, over rounds, of the teacher's time by the hybrid's in the same round;
     `from` and `to` hold the middle half of the rounds.
     """
     teacher = phi(sizes, str(device), torch.bfloat16, "phi-2")
+    mode = "graph" if device.type == "cuda" else "static"
     for length in lengths:
         engines = {
-            vlm.name: Engine(vlm, "static", max_length=length + 8)
+            vlm.name: Engine(vlm, mode, max_length=length + 8)
             for vlm in (hybrid(teacher, r) for r in RATIOS)
         }
         ids = torch.randint(3, 500, (1, length), device=device)
         for engine in engines.values():  # once each, uncounted: kernels compile and are measured
             _prefill_seconds(engine, ids)
-        rounds = []
-        for turn in range(TURNS):  # whoever comes first comes later in the next round
+        rounds, n_rounds = [], TURNS if length <= 4096 else TURNS // 3
+        for turn in range(n_rounds):  # whoever comes first comes later in the next round
             names = list(engines)[turn % len(engines) :] + list(engines)[: turn % len(engines)]
             rounds.append({name: _prefill_seconds(engines[name], ids) for name in names})
         for name in engines:
             ms = statistics.median(found[name] for found in rounds) * 1e3
-            row = {"what": "prefill in turns", "model": name, "mode": "static", "batch": 1,
-                   "tokens": length, "rounds": TURNS, "ms": ms}  # fmt: skip
+            row = {"what": "prefill in turns", "model": name, "mode": mode, "batch": 1,
+                   "tokens": length, "rounds": len(rounds), "ms": ms}  # fmt: skip
             if name != teacher.name:
                 gains = [found[teacher.name] / found[name] for found in rounds]
                 low, middle, high = statistics.quantiles(gains, n=4)

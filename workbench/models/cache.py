@@ -82,6 +82,11 @@ class SSMSlot(LinearAttentionLayer, CacheLayerMixin):
         super().reset()
         self.seen = 0
 
+    def forget(self) -> None:
+        """As `reset`, but leave what the tensors hold: the next prompt writes over all of it."""
+        self.has_previous_state[0] = False
+        self.seen = 0
+
     def update(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Refuse keys and values.
 

@@ -68,6 +68,8 @@ class StaticSlot(CacheLayerMixin):
         """Forget everything, keep the tensors."""
         self.seen = 0
 
+    forget = reset
+
 
 class State:
     """Cache, token and place of a batch.
@@ -99,7 +101,7 @@ class State:
     def begin(self, start: Tensor | None) -> None:
         """Forget the past; start: (batch,), how many positions of each row are padding."""
         for slot in self.cache.layers:
-            slot.reset()
+            slot.forget()
         self.padded = start is not None and bool(start.any())
         self.start.copy_(start) if self.padded else self.start.zero_()
         self.length = 0

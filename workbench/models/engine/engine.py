@@ -76,7 +76,7 @@ class Engine:
         self.max_length, self.warm_up_ms = max_length, 0.0
         self.runner: Lean | Forward | None = None  # that read the last prompt
         self._runners: dict[int, Lean | Forward] = {}
-        self._read: set[int] = set()
+        self._read: set[int] = set()  # classes of prompts
         self._weights: tuple[int, ...] = ()
         if max_length is not None:
             self.ready(batch_size, max_length)
@@ -108,6 +108,7 @@ class Engine:
         start = time.perf_counter()
         with inference(self.vlm):
             runner = self._runners[batch_size] = self._make(batch_size, room)
+            self._read.clear()
             wait(self.device)
         self.warm_up_ms += (time.perf_counter() - start) * 1e3
         return runner
@@ -196,9 +197,10 @@ class Engine:
             The token, the seconds it took, and bytes of keys and values and of states by then.
         """
         length = inputs["input_ids"].shape[1]
-        self.ready(1, length + max_new_tokens)  # before the clock runs
-        if self.device.type == "cuda" and length.bit_length() not in self._read:
-            self._read.add(length.bit_length())  # kernels compile at the first prompt of a class
+        runner = self.ready(1, length + max_new_tokens)  # before the clock runs
+        kind = runner.prompt_class(length)
+        if self.device.type == "cuda" and kind not in self._read:
+            self._read.add(kind)  # at the first of a class kernels compile, or a graph is recorded
             start = time.perf_counter()
             self.prefill(inputs, max_new_tokens=max_new_tokens)
             wait(self.device)

@@ -6,6 +6,7 @@ step are, so both are computed by the same `Operations`.
 """
 
 import threading
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,6 @@ from workbench.models.cache import SSMSlot
 from workbench.models.engine.decoder import AttentionPart, Decoder, MixerPart
 from workbench.models.engine.decoding import State
 from workbench.models.engine.operations import Inward, Operations, normed_heads
-
-Rotary = tuple[Tensor, Tensor]  # cos and sin, each (seqlen, rotated width)
 
 
 class _Fed(Exception):
@@ -59,38 +58,81 @@ def embed(model: PreTrainedModel, decoder: Decoder, inputs: dict[str, Tensor]) -
     raise AssertionError("the model did not call its decoder")
 
 
-def read(decoder: Decoder, state: State, operations: Operations, embedded: Tensor) -> Tensor:
+def read(
+    decoder: Decoder,
+    state: State,
+    operations: Operations,
+    embedded: Tensor,
+    end: Tensor | None = None,
+) -> Tensor:
     """Read a prompt from the beginning, and return the logits after it, (batch, vocabulary).
 
     Args:
         decoder: what the model was read into.
         state: gets keys, values and states of Mamba-2; its place stays.
         operations: how the parts of a layer are computed.
-        embedded: (batch, seqlen, d_model), no position of which is padding.
+        embedded: (batch, seqlen, d_model), no position of which is padding, but for those behind
+            the end.
+        end: (1,), where the prompt ends, in all rows; None: it fills its tensor. Positions behind
+            it leave keys that the answer writes over, and nothing else.
     """
     batch, seqlen = embedded.shape[:2]
-    rotary = state.cos[:seqlen], state.sin[:seqlen]
+    shared = _shared(decoder, state, embedded, end)
     h = embedded.flatten(0, 1)
     for block, slot in zip(decoder.blocks, state.cache.layers, strict=True):
         normed, inward = operations.enter(block, h)
         if isinstance(block.part, AttentionPart):
-            mixed = operations.attend_prompt(block.part, inward, *rotary, slot, batch)
+            cos, sin = state.cos[:seqlen], state.sin[:seqlen]
+            mixed = operations.attend_prompt(block.part, inward, cos, sin, slot, batch)
         else:
-            mixed = mix(block.part, inward, rotary, slot, batch)
+            mixed = mix(block.part, inward, shared, slot)
         h = operations.leave(block, h, normed, mixed, inward)
-    return operations.logits(decoder, h.unflatten(0, (batch, seqlen))[:, -1].contiguous())
+    h = h.unflatten(0, (batch, seqlen))
+    last = h[:, -1] if end is None else h.index_select(1, end - 1)[:, 0]
+    return operations.logits(decoder, last.contiguous())
 
 
-def mix(part: MixerPart, inward: Inward, rotary: Rotary, slot: SSMSlot, batch: int) -> Tensor:
+class Shared(NamedTuple):
+    """What all Mamba-2 layers need to know of a prompt."""
+
+    batch: int
+    rotary: tuple[Tensor, Tensor]  # cos and sin, each (1, seqlen, rotated width)
+    mask: Tensor | None  # (batch, seqlen), False behind the end
+    newest: Tensor | None  # (taps,), the places that the convolution still sees after the end
+
+
+def _shared(decoder: Decoder, state: State, embedded: Tensor, end: Tensor | None) -> Shared:
+    batch, seqlen = embedded.shape[:2]
+    cos, sin = state.cos[:seqlen], state.sin[:seqlen]
+    half = sin.shape[-1] // 2  # the sign of sin stands in the table, where the mixer has its own
+    rotary = cos[None], torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)[None]
+    mixers = [block.part for block in decoder.blocks if isinstance(block.part, MixerPart)]
+    if end is None or not mixers:
+        return Shared(batch, rotary, None, None)
+    places = torch.arange(seqlen, device=end.device)
+    mask = (places < end).expand(batch, -1).contiguous()
+    taps = mixers[0].config.d_conv - 1
+    return Shared(batch, rotary, mask, end + torch.arange(-taps, 0, device=end.device))
+
+
+def mix(part: MixerPart, inward: Inward, shared: Shared, slot: SSMSlot) -> Tensor:
     """Mix by Mamba-2, and keep its state: (batch * seqlen, d_inner), gated and normalised."""
-    C, B, x, *rest = (t.unflatten(0, (batch, -1)) for t in inward[: 4 + (part.z is not None)])
+    n_read = 4 + (part.z is not None)
+    C, B, x, *rest = (t.unflatten(0, (shared.batch, -1)) for t in inward[:n_read])
     if part.C_norm is not None:
         C = normed_heads(part.C_norm, C, part.config.d_state)
         B = normed_heads(part.B_norm, B, part.config.d_state)
     z, dt = rest if part.z is not None else (None, *rest)
-    cos, sin = rotary
-    half = sin.shape[-1] // 2  # the sign of sin stands in the table, where the mixer has its own
-    sin = torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)
-    y, *after = part.mixer.mix(Projected(x, B, C, z, dt), rotary=(cos[None], sin[None]))
-    slot.write(MixerState(*after), x.shape[1])
+    said = Projected(x, B, C, z, dt)
+    y, conv, ssm = part.mixer.mix(said, mask=shared.mask, rotary=shared.rotary)
+    if shared.newest is not None:
+        conv = _conv_state(said, shared.newest)
+    slot.write(MixerState(conv, ssm), x.shape[1])
     return y.flatten(0, 1)
+
+
+def _conv_state(said: Projected, places: Tensor) -> Tensor:
+    """What the convolution reads next, (batch, channels, taps): zeros stand before the prompt."""
+    within = places.clamp(min=0)
+    newest = torch.cat([t.index_select(1, within) for t in (said.x, said.B, said.C)], dim=-1)
+    return newest.masked_fill_((places < 0)[:, None], 0).transpose(1, 2)

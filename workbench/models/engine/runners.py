@@ -6,7 +6,6 @@ a static one.
 """
 
 from collections.abc import Callable
-from threading import Lock
 
 import torch
 from torch import Tensor
@@ -18,11 +17,10 @@ from workbench.models.engine.decoder import Decoder
 from workbench.models.engine.decoding import State, StaticSlot, step
 from workbench.models.engine.operations import Operations
 from workbench.models.engine.prompt import embed, read
+from workbench.models.engine.recorded_prompts import RECORDING, RecordedPrompts
 from workbench.models.families import text_config
 from workbench.models.hybrid import plan_of
 from workbench.models.teacher import VLM
-
-RECORDING = Lock()  # a process can record one CUDA graph at a time
 
 
 class Lean:
@@ -52,7 +50,10 @@ class Lean:
         self.state = State(decoder, batch_size, max_length, layers)
         self.batch_size, self.max_length = batch_size, max_length
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.recorded: RecordedPrompts | None = None
         self._warm_up(graph)
+        if graph:
+            self.recorded = RecordedPrompts(decoder, self.state, operations.for_prompts)
 
     @property
     def token(self) -> Tensor:
@@ -73,12 +74,23 @@ class Lean:
         self.state.begin(start)
         if start is None and "position_ids" not in inputs:
             embedded = embed(self.vlm.model, self.decoder, inputs)
-            logits = read(self.decoder, self.state, self.operations.for_prompts, embedded)
+            logits = self.read(embedded)
         else:  # padding needs masks, and positions of its own
             given = {**inputs, CACHE: self.state.cache}
             logits = self.vlm.model(**given, use_cache=True, logits_to_keep=1).logits[:, -1]
         self.state.follow(inputs["input_ids"].shape[1])
         return logits
+
+    def read(self, embedded: Tensor) -> Tensor:
+        """Read what was embedded, (batch, seqlen, d_model), by a graph if there may be one."""
+        if self.recorded is not None:
+            return self.recorded.read(embedded)
+        return read(self.decoder, self.state, self.operations.for_prompts, embedded)
+
+    def prompt_class(self, seqlen: int) -> int:
+        """Tell prompts apart that need other kernels or graphs."""
+        room = None if self.recorded is None else self.recorded.room(seqlen)
+        return seqlen.bit_length() if room is None else room
 
     def step(self) -> Tensor:
         """Read `token`; put the likeliest next one in its place, and return all logits."""
@@ -97,6 +109,8 @@ class Lean:
             if isinstance(slot, StaticSlot):
                 slot.keys.normal_()
                 slot.values.normal_()
+            else:
+                slot.reset()
         self.state.follow(length)
 
     def bytes_held(self) -> tuple[int, int]:
@@ -182,6 +196,10 @@ class Forward:
         output = self.vlm.model(**inputs, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1)
         self.length = inputs["input_ids"].shape[1]
         return output.logits[:, -1]
+
+    def prompt_class(self, seqlen: int) -> int:
+        """As `Lean.prompt_class`."""
+        return seqlen.bit_length()
 
     def step(self) -> Tensor:
         """As `Lean.step`."""

@@ -18,7 +18,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from workbench.errors import WorkbenchError
-from workbench.models.engine.runners import RECORDING
+from workbench.models.engine.recorded_prompts import RECORDING
 
 
 class LayerGraphs:
@@ -107,15 +107,16 @@ def _recording() -> Iterator[None]:
     """Other threads may allocate, copy and pin memory; a failure leaves the GPU usable.
 
     By itself torch records in mode "global", in which a DataLoader that pins memory in a thread of
-    its own breaks the recording. To wait for the whole device breaks it in any mode.
+    its own breaks the recording; so it did at times in mode "thread_local", as a backward runs in
+    another thread than the forward. To wait for the whole device breaks it in any mode.
     """
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    own_thread = partial(torch.cuda.graph, capture_error_mode="thread_local")
+    anyhow = partial(torch.cuda.graph, capture_error_mode="relaxed")
     kept = generator.clone_state()
     with (
         RECORDING,
         torch.cuda.stream(torch.cuda.current_stream()),
-        patch.object(torch.cuda, "graph", own_thread),
+        patch.object(torch.cuda, "graph", anyhow),
     ):
         try:
             yield
