@@ -5,6 +5,8 @@ leave nothing that is read. Longer prompts keep a GPU busy by themselves.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Lock
 
 import torch
@@ -19,6 +21,19 @@ STRIDE, LONGEST = 128, 2048
 RECORDING = Lock()  # a process can record one CUDA graph at a time
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """One graph at a time; should it fail, the GPU stays usable."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    kept = generator.clone_state()
+    with RECORDING, torch.cuda.stream(torch.cuda.current_stream()):
+        try:
+            yield
+        except RuntimeError:
+            generator.graphsafe_set_state(kept)  # else it goes on believing that it is recorded
+            raise
 
 
 class RecordedPrompts:
@@ -67,7 +82,7 @@ class RecordedPrompts:
         graph = torch.cuda.CUDAGraph()
         options = {"pool": self.pool, "capture_error_mode": "thread_local"}
         try:
-            with RECORDING, torch.cuda.graph(graph, **options):
+            with recording(), torch.cuda.graph(graph, **options):
                 logits = self._read(given)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):

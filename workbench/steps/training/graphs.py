@@ -18,7 +18,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from workbench.errors import WorkbenchError
-from workbench.models.engine.recorded_prompts import RECORDING
+from workbench.models.engine.recorded_prompts import recording
 
 
 class LayerGraphs:
@@ -110,19 +110,9 @@ def _recording() -> Iterator[None]:
     its own breaks the recording; so it did at times in mode "thread_local", as a backward runs in
     another thread than the forward. To wait for the whole device breaks it in any mode.
     """
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
     anyhow = partial(torch.cuda.graph, capture_error_mode="relaxed")
-    kept = generator.clone_state()
-    with (
-        RECORDING,
-        torch.cuda.stream(torch.cuda.current_stream()),
-        patch.object(torch.cuda, "graph", anyhow),
-    ):
-        try:
-            yield
-        except RuntimeError:
-            generator.graphsafe_set_state(kept)  # else it goes on believing that it is recorded
-            raise
+    with recording(), patch.object(torch.cuda, "graph", anyhow):
+        yield
 
 
 def _leaf(tensor: Tensor, like: Tensor) -> Tensor:
