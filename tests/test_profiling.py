@@ -13,7 +13,7 @@ from workbench.errors import WorkbenchError
 from workbench.models.engine import Engine
 from workbench.steps.conversion.initialization import convert
 from workbench.steps.efficiency import profiling
-from workbench.steps.efficiency.bounds import amdahl, sizes
+from workbench.steps.efficiency.bounds import Idle, amdahl, sizes
 from workbench.steps.efficiency.machine import Machine
 from workbench.steps.efficiency.profiling import profile
 from workbench.views.figures import prefill_figure, speed_figure
@@ -184,3 +184,10 @@ def test_the_profile_asks_for_a_description_and_for_several_pictures_by_itself()
     one, many = profiling._default_samples()
     assert one.family == "describe"
     assert len(many.images) == 4
+
+
+def test_an_engine_whose_attention_idles_can_stand_behind_a_prompt():
+    engine = Engine(tiny.vlm((0, 2)), "static", max_length=20, wrap=Idle)
+    engine.pretend(1, 9, max_new_tokens=3)
+    assert torch.isfinite(engine.step()).all()
+    assert engine.bytes_held()[0] > 0

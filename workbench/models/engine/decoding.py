@@ -1,7 +1,8 @@
 """One token through a decoder, and what it leaves behind, in tensors that stay where they are.
 
-`State` is filled by the model's own forward (*prefill*), which sees it as a Hugging Face cache;
-`step` then reads the model's records and adds one token at a time, with the operations it is given.
+`State` is filled by a prompt (*prefill*), through `prompt` or by the model's own forward, to which
+it is a Hugging Face cache; `step` then reads the records and adds one token at a time, with the
+operations it is given.
 A step that is recorded as a CUDA graph reads its token and its place from tensors only.
 """
 

@@ -44,7 +44,7 @@ def embed(model: PreTrainedModel, decoder: Decoder, inputs: dict[str, Tensor]) -
 
     mine = threading.get_ident()  # another thread may run the same model meanwhile
 
-    def stop(module: torch.nn.Module, args: tuple, given: dict) -> None:
+    def stop(module: torch.nn.Module, args: tuple, given: dict | None = None) -> None:
         if threading.get_ident() == mine:
             raise _Fed(given["inputs_embeds"])
 

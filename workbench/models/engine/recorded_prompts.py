@@ -17,7 +17,7 @@ from workbench.models.engine.decoding import State
 from workbench.models.engine.operations import Operations
 from workbench.models.engine.prompt import read
 
-STRIDE, LONGEST = 128, 2048
+STRIDE, LONGEST = 128, 2048  # positions; of all sequences together
 RECORDING = Lock()  # a process can record one CUDA graph at a time
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class RecordedPrompts:
     def room(self, seqlen: int) -> int | None:
         """Positions of the graph that reads so many, or None if no graph will."""
         room = min(-(-seqlen // STRIDE) * STRIDE, self.state.max_length)
-        return None if self.failed or room > LONGEST else room
+        return None if self.failed or room * len(self.state.token) > LONGEST else room
 
     def read(self, embedded: Tensor) -> Tensor:
         """As `prompt.read`."""

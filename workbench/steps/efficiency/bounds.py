@@ -127,7 +127,16 @@ class Idle:
         """Return the queries."""
         return inward[0].contiguous()
 
-    attend_prompt = attend
+    def attend_prompt(
+        self, part, inward: tuple[Tensor, ...], cos: Tensor, sin: Tensor, slot, batch: int
+    ) -> Tensor:
+        """Return the queries; keys and values have their places, which stay empty."""
+        if not slot.is_initialized:
+            k, v = (t.unflatten(-1, (part.n_kv_heads, -1)) for t in inward[1:3])
+            slot.lazy_initialization(
+                *(t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (k, v))
+            )
+        return inward[0].contiguous()
 
 
 @contextmanager

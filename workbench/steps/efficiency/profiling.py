@@ -169,7 +169,8 @@ class _Meter:
             self.decode.append(decode)
             self.held = self.engine.bytes_held()
             if device.type == "cuda":
-                self.peak = torch.cuda.max_memory_allocated(device) / 2**20
+                peak = torch.cuda.max_memory_allocated(device) / 2**20
+                self.peak = max(self.peak or 0, peak)  # a graph's memory shows when it is recorded
             if self.idle is not None:
                 with idle_attention(self.vlm.model):
                     prefill, decode = _once(self.idle, self.inputs, self.n_new)
