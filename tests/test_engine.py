@@ -139,6 +139,13 @@ def test_short_prompts_are_recorded_and_say_the_same(layers):
     assert list(engine.runner.recorded.recorded) == [128, 200]
 
 
+def test_a_language_model_may_be_given_more_than_words():
+    vlm = words("llama", (1, 2))
+    engine, ids = Engine(vlm, "static"), tiny.token_ids(2, 9)
+    plain = engine.prefill({"input_ids": ids}).clone()
+    assert torch.equal(engine.prefill({"input_ids": ids, "output_attentions": False}), plain)
+
+
 def test_another_thread_may_run_the_model_while_a_prompt_is_embedded(monkeypatch):
     vlm = endless(tiny.vlm((0, 2)))
     engine, said = Engine(vlm, "static"), []

@@ -22,7 +22,6 @@ RATIOS = (0, 0.125, 0.25, 0.5, 0.75, 1)
 STEPS, ROUNDS = 32, 3
 TURNS = 30  # of models that are close to each other
 ROOM = 256  # places beyond the context
-PAPER_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 IMAGE_AND_PROMPT = 828
 
 

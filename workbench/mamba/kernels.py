@@ -36,7 +36,7 @@ _SCANS = {
 _OLDEST_FOR_TRITON = (8, 0)  # compute capability: bfloat16 on tensor cores, copies that overlap
 _LONGEST_MEASURED_IN_TORCH = 4096  # beyond, plain torch may run out of memory
 # A prompt in float32: to try out what the packages offer took minutes on an H100, for milliseconds.
-_SHORT = 2048
+_UNMEASURED_IN_FLOAT32 = 2048
 _SHORTEST_MEASURED = 64  # below, launching is all there is, and compiling takes much longer
 _ROUNDS = 5
 
@@ -213,14 +213,15 @@ def _choose(
 ) -> str:
     """Return the fastest scan for shapes like these, measured when they are first seen.
 
-    Lengths within a factor of two, and likewise batch times heads, make one class. What torch
+    Lengths within a factor of two, and likewise batch times heads, make one class. Short prompts,
+    and those of some length in float32, are not worth it: they stay plain torch. What torch
     compiles stays plain torch, which it can look into; while a CUDA graph is recorded nothing can
     be measured, and the last name is taken.
     """
     if torch.compiler.is_compiling() or x.shape[1] < _SHORTEST_MEASURED:
         return "torch"
     learns = _learns(x, dt, A, B, C)
-    if not learns and x.dtype == torch.float32 and x.shape[1] <= _SHORT:
+    if not learns and x.dtype == torch.float32 and x.shape[1] <= _UNMEASURED_IN_FLOAT32:
         return "torch"
     names = tuple(name for name in available() if not (learns and name == "triton"))
     if len(names) == 1:

@@ -10,8 +10,8 @@
 Greedy answers are those of `generate` in each mode. Families whose layers cannot be read into
 records run their own forward on a static cache instead; `Engine.reason` then says why. Prompts go
 through the records, too; only batches that are padded take the model's own forward. What is made
-once, kernels compiled and graphs recorded, is made before the first token and timed as
-`warm_up_ms`; no other figure contains it.
+once, kernels compiled and graphs recorded, is in no figure of `timed` and of `wb.profile`;
+`warm_up_ms` has what is made before the first prompt, and by `timed` at the first of a class.
 """
 
 import time
@@ -76,7 +76,7 @@ class Engine:
         self.max_length, self.warm_up_ms = max_length, 0.0
         self.runner: Lean | Forward | None = None  # that read the last prompt
         self._runners: dict[int, Lean | Forward] = {}
-        self._read: set[int] = set()  # classes of prompts
+        self._met: set[int] = set()  # classes of prompts
         self._weights: tuple[int, ...] = ()
         if max_length is not None:
             self.ready(batch_size, max_length)
@@ -108,7 +108,7 @@ class Engine:
         start = time.perf_counter()
         with inference(self.vlm):
             runner = self._runners[batch_size] = self._make(batch_size, room)
-            self._read.clear()
+            self._met.clear()
             wait(self.device)
         self.warm_up_ms += (time.perf_counter() - start) * 1e3
         return runner
@@ -199,8 +199,8 @@ class Engine:
         length = inputs["input_ids"].shape[1]
         runner = self.ready(1, length + max_new_tokens)  # before the clock runs
         kind = runner.prompt_class(length)
-        if self.device.type == "cuda" and kind not in self._read:
-            self._read.add(kind)  # at the first of a class kernels compile, or a graph is recorded
+        if self.device.type == "cuda" and kind not in self._met:
+            self._met.add(kind)  # at the first of a class kernels compile, or a graph is recorded
             start = time.perf_counter()
             self.prefill(inputs, max_new_tokens=max_new_tokens)
             wait(self.device)

@@ -46,7 +46,10 @@ def embed(model: PreTrainedModel, decoder: Decoder, inputs: dict[str, Tensor]) -
 
     def stop(module: torch.nn.Module, args: tuple, given: dict | None = None) -> None:
         if threading.get_ident() == mine:
-            raise _Fed(given["inputs_embeds"])
+            embedded = given.get("inputs_embeds")
+            if embedded is None:  # of a language model, which was given more than words
+                embedded = F.embedding(given["input_ids"], decoder.embedding)
+            raise _Fed(embedded)
 
     hook = model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
     try:
