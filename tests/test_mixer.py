@@ -9,6 +9,7 @@ from workbench.mamba import kernels
 from workbench.mamba.config import Mamba2Config, ProjectionNames
 from workbench.mamba.layout import pack, unpack
 from workbench.mamba.mixer import Mamba2Mixer, MixerState
+from workbench.mamba.parts import Projected
 
 SIZES = {"d_model": 24, "n_heads": 4, "headdim": 6, "d_state": 10, "chunk_size": 8}
 
@@ -100,6 +101,18 @@ def test_prefill_and_steps_equal_one_pass(cut, d_conv):
     torch.testing.assert_close(torch.cat(outputs, 1), expected)
     torch.testing.assert_close(state.ssm, final.ssm)
     torch.testing.assert_close(state.conv, final.conv)
+
+
+@pytest.mark.parametrize("goes_on", [False, True], ids=["new", "goes on"])
+@pytest.mark.parametrize("end", [1, 2, 5, 9])
+def test_what_stands_behind_an_end_leaves_nothing(end, goes_on):
+    mix = mixer()
+    state = mix(hidden(length=4))[1] if goes_on else None
+    said = mix._project(hidden(length=9))
+    expected = mix.mix(Projected(*(t[:, :end] for t in said)), state=state)
+    y, *after = mix.mix(said, end=torch.tensor([end]), state=state)
+    for one, same in zip((y[:, :end], *after), expected, strict=True):
+        torch.testing.assert_close(one, same)
 
 
 @pytest.mark.parametrize("lost", ["conv", "ssm"])

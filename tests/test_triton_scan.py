@@ -14,7 +14,7 @@ from torch import nn
 from workbench.errors import WorkbenchError
 from workbench.mamba import backends, fused, kernels, ssd
 from workbench.mamba.config import Mamba2Config, ProjectionNames
-from workbench.mamba.mixer import Mamba2Mixer
+from workbench.mamba.mixer import Mamba2Mixer, MixerState
 from workbench.mamba.parts import Projected
 
 GPU = torch.cuda.is_available()
@@ -216,6 +216,28 @@ def test_a_mixer_is_the_one_in_parts_and_goes_on_where_it_stopped(options, maske
     state = both(mix, monkeypatch, mask=mask, rotary=rotary(11))
     more = 2 if masked else 9  # fewer than the taps, or more
     both(mix, monkeypatch, seqlen=more, rotary=rotary(more, batch=2), state=state)
+
+
+@pytest.mark.parametrize("goes_on", [False, True], ids=["new", "goes on"])
+@pytest.mark.parametrize("end", [1, 2, 8, 11])
+def test_what_stands_behind_the_end_leaves_nothing(end, goes_on):
+    mix = mixer(rope=True, bias=True)
+    hidden = torch.randn(2, 11, 24, device=DEVICE)
+    like = MixerState(torch.randn(2, 72, 3, device=DEVICE), torch.randn(2, 4, 6, 10, device=DEVICE))
+    given = {"mask": None, "rotary": rotary(11), "state": like if goes_on else None}
+    with torch.no_grad():
+        said = mix._project(hidden)
+        cut = Projected(*(t[:, :end] for t in said))
+        angles = [t[:, :end] for t in given["rotary"]]
+        whole = mix.mix_in_parts(cut, end=None, **given | {"rotary": angles})
+        into = MixerState(torch.full_like(like.conv, 9), torch.full_like(like.ssm, 9))
+        place = torch.tensor([end], device=DEVICE)
+        y, *state = fused._mix(mix, said, end=place, into=into, **given)
+    assert state[0] is into.conv
+    assert state[1] is into.ssm
+    assert y.isfinite().all()
+    for one, same in zip((y[:, :end], *state), whole, strict=True):
+        assert error(one, same) < TOLERANCE[torch.float32]
 
 
 def test_a_mixer_of_the_size_of_phi(monkeypatch):

@@ -54,15 +54,17 @@ def mix(
     said: Projected,
     *,
     mask: Tensor | None,
+    end: Tensor | None,
     rotary: tuple[Tensor, Tensor] | None,
     state: MixerState | None,
+    into: MixerState | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do what `mixer.mix_in_parts` does; with "auto", leave it to that if a kernel fails."""
-    past = {"mask": mask, "rotary": rotary, "state": state}
+    options = {"mask": mask, "end": end, "rotary": rotary, "state": state}
     if mixer.config.rope and rotary is None:
-        return mixer.mix_in_parts(said, **past)  # says so
+        return mixer.mix_in_parts(said, **options)  # says so
     try:
-        return _mix(mixer, said, **past)
+        return _mix(mixer, said, into=into, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways
@@ -70,15 +72,17 @@ def mix(
             raise
         log.warning("Plain torch mixes from now on: a Triton kernel failed (%s)", error)
         _refused.add(_like(mixer, said.x))
-        return mixer.mix_in_parts(said, **past)
+        return mixer.mix_in_parts(said, **options)
 
 
 def _mix(
     mixer: Mamba2Mixer,
     said: Projected,
     mask: Tensor | None,
+    end: Tensor | None,
     rotary: tuple[Tensor, Tensor] | None,
     state: MixerState | None,
+    into: MixerState | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     config, conv1d = mixer.config, mixer.conv1d
     conv_state, ssm_state = (None, None) if state is None else state
@@ -87,11 +91,19 @@ def _mix(
         y, conv_state, ssm_state = _kernels().mix(
             *said, config, conv1d.weight, conv1d.bias,
             mixer.A_log, mixer.dt_bias, mixer.D, mixer.norm.weight if by_head else None,
-            mask=mask, rotary=rotary, conv_state=conv_state, ssm_state=ssm_state,
+            mask=mask, end=end, rotary=rotary, conv_state=conv_state, ssm_state=ssm_state,
+            into=into if _takes(into, said.x) else (None, None),
         )  # fmt: skip
         if config.norm and not by_head:  # no program has the whole of a wider group
             y = mixer.norm(y, None).to(said.x.dtype)
     return y, conv_state, ssm_state
+
+
+def _takes(into: MixerState | None, x: Tensor) -> bool:
+    """Tell whether kernels can write a state into these tensors."""
+    if into is None or into.conv.dtype != x.dtype or into.ssm.dtype != torch.float32:
+        return False
+    return into.conv.is_contiguous() and into.ssm.is_contiguous()
 
 
 def _kernels() -> ModuleType:

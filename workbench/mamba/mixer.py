@@ -9,7 +9,6 @@ Sources: arXiv 2405.21060, section 7 (the mixer); arXiv 2503.13440, section 3 (w
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,15 @@ from torch import Tensor, nn
 from workbench.errors import WorkbenchError
 from workbench.mamba import fused, kernels
 from workbench.mamba.config import Mamba2Config, ProjectionNames
-from workbench.mamba.parts import CausalConv1d, GatedRMSNorm, Projected, gated, normed, rotate
+from workbench.mamba.parts import (
+    CausalConv1d,
+    GatedRMSNorm,
+    Projected,
+    gated,
+    newest,
+    normed,
+    rotate,
+)
 
 
 class MixerState(NamedTuple):
@@ -183,18 +190,33 @@ class Mamba2Mixer(nn.Module):
         said: Projected,
         *,
         mask: Tensor | None = None,
+        end: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         state: MixerState | None = None,
+        into: MixerState | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Do what stands between the projections; arguments as `forward`, result as below."""
-        mix = partial(fused.mix, self) if fused.suits(self, said) else self.mix_in_parts
-        return mix(said, mask=mask, rotary=rotary, state=state)
+        """Do what stands between the projections; the result is that of `mix_in_parts`.
+
+        Args:
+            said: what they say of the sequence.
+            mask: as in `forward`.
+            end: (1,), where all sequences end; what is behind it is mixed, but leaves no trace in
+                the state. None: none ends early.
+            rotary: as in `forward`.
+            state: as in `forward`.
+            into: contiguous tensors that kernels may put the state into, and return.
+        """
+        options = {"mask": mask, "end": end, "rotary": rotary, "state": state}
+        if fused.suits(self, said):
+            return fused.mix(self, said, into=into, **options)
+        return self.mix_in_parts(said, **options)
 
     def mix_in_parts(
         self,
         said: Projected,
         *,
         mask: Tensor | None,
+        end: Tensor | None,
         rotary: tuple[Tensor, Tensor] | None,
         state: MixerState | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,12 +228,18 @@ class Mamba2Mixer(nn.Module):
         config, (x, B, C, z, dt) = self.config, said
         xBC = torch.cat([x, B, C], dim=-1)
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
+        if end is not None:
+            within = (torch.arange(x.shape[1], device=x.device) < end)[None]
+            mask = within if mask is None else mask & within
         if mask is not None:
             # Before the convolution, so that padding reaches no real position, and after the
             # projection, so that its bias is gone too; dt = 0 then carries the state across.
             xBC = xBC.masked_fill(~mask[..., None], 0)
             dt = dt.masked_fill(~mask[..., None], 0)
-        xBC, conv_state = self.conv1d(xBC, None if state is None else state.conv)
+        past = None if state is None else state.conv
+        at_end = None if end is None else newest(xBC, past, end, config.d_conv - 1)
+        xBC, conv_state = self.conv1d(xBC, past)
+        conv_state = conv_state if at_end is None else at_end
         x, B, C = (
             t.unflatten(-1, (-1, width))
             for t, width in zip(

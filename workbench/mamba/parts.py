@@ -34,6 +34,19 @@ class CausalConv1d(nn.Conv1d):
         )
 
 
+def newest(x: Tensor, past: Tensor | None, end: Tensor, taps: int) -> Tensor:
+    """Return what a convolution reads before `end`, (batch, channels, taps).
+
+    Args:
+        x: (batch, seqlen, channels).
+        past: (batch, channels, taps), the inputs just before x, or None for zeros.
+        end: (1,), a position of x, or its length.
+        taps: how many inputs.
+    """
+    window = F.pad(x, (0, 0, taps, 0)) if past is None else torch.cat([past.mT, x], dim=1)
+    return window.index_select(1, end + torch.arange(taps, device=x.device)).mT
+
+
 class GatedRMSNorm(nn.Module):
     """norm(y * silu(z)), or norm(y) without z, over groups of channels, computed in float32."""
 

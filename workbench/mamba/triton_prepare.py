@@ -36,16 +36,17 @@ class Prepared(NamedTuple):
 
 @triton.jit
 def _inputs(
-    new, new_row: tl.constexpr, past, past_channel, past_tap, mask, first, rows, seqlen, at,
+    new, new_row: tl.constexpr, past, past_channel, past_tap, mask, first, rows, end, at,
     channel, inside,
     N_TAPS: tl.constexpr,
 ):  # fmt: skip
     """Load (rows, channels) of the convolution's input; rows count from `first`.
 
-    Rows before the sequence come from the past, or are zero; padding is zero.
+    Rows before the sequence come from the past, or are zero; padding is zero, as is
+    what stands behind the end.
     """
     row = first + rows
-    there = (row >= 0) & (row < seqlen)
+    there = (row >= 0) & (row < end)
     if mask is not None:
         there = there & (tl.load(mask + row, mask=there, other=0) != 0)
     t = tl.load(
@@ -64,7 +65,7 @@ def _inputs(
 
 @triton.jit
 def _convolved(
-    new, new_row: tl.constexpr, past, past_channel, past_tap, mask, first, rows, seqlen, at,
+    new, new_row: tl.constexpr, past, past_channel, past_tap, mask, first, rows, end, at,
     channel, inside,
     weight, bias, N_TAPS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +74,7 @@ def _convolved(
     for tap in tl.static_range(N_TAPS):
         t = _inputs(
             new, new_row, past, past_channel, past_tap, mask, first, rows + (tap - N_TAPS + 1),
-            seqlen, at, channel, inside, N_TAPS,
+            end, at, channel, inside, N_TAPS,
         )  # fmt: skip
         w = tl.load(weight + channel * N_TAPS + tap, mask=inside, other=0.0).to(tl.float32)
         y += t.to(tl.float32) * w[None, :]
@@ -85,19 +86,22 @@ def _convolved(
 @triton.jit
 def _channels(
     new, new_row: tl.constexpr, out, past, past_channel, past_tap, future, mask, weight, bias,
-    cos, sin, rotary_row: tl.constexpr, block, before, first, seqlen, scale,
+    cos, sin, rotary_row: tl.constexpr, block, before, first, end, seqlen, scale,
     WIDTH: tl.constexpr, HEAD: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
     N_TAPS: tl.constexpr, SILU: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Prepare one block of x, B or C, whose first channel is the convolution's `before`."""
+    """Prepare one block of x, B or C, whose first channel is the convolution's `before`.
+
+    The sequence ends at `end`; what is written goes on to `seqlen`, all of it finite.
+    """
     rows = tl.arange(0, L)
     at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < WIDTH
     new += first * new_row
     out += first * WIDTH
     y = _convolved(
-        new, new_row, past, past_channel, past_tap, mask, first, rows, seqlen, at, before + at,
+        new, new_row, past, past_channel, past_tap, mask, first, rows, end, at, before + at,
         inside, weight, bias, N_TAPS, SILU,
     )  # fmt: skip
     real = (first + rows < seqlen)[:, None]
@@ -112,7 +116,7 @@ def _channels(
             other = tl.where(leads, at + TURNED // 2, at - TURNED // 2)
             other = tl.max_contiguous(tl.multiple_of(other, ALIGNED), ALIGNED)
         partner = _convolved(
-            new, new_row, past, past_channel, past_tap, mask, first, rows, seqlen, other,
+            new, new_row, past, past_channel, past_tap, mask, first, rows, end, other,
             before + other, inside & turns, weight, bias, N_TAPS, SILU,
         )  # fmt: skip
         place = (first + rows)[:, None] * rotary_row + n[None, :]
@@ -122,11 +126,11 @@ def _channels(
         y = y * c + tl.where(leads[None, :], -partner, partner) * s
     y *= scale
     tl.store(out + rows[:, None] * WIDTH + at[None, :], y, mask=real & inside[None, :])
-    if first + L >= seqlen:
+    if (first < end) & (first + L >= end):
         for tap in tl.static_range(N_TAPS - 1):
-            last = tl.full((1,), 0, tl.int32) + (seqlen - first + tap - N_TAPS + 1)
+            last = tl.full((1,), 0, tl.int32) + (end - first + tap - N_TAPS + 1)
             t = _inputs(
-                new, new_row, past, past_channel, past_tap, mask, first, last, seqlen, at,
+                new, new_row, past, past_channel, past_tap, mask, first, last, end, at,
                 before + at, inside, N_TAPS,
             )  # fmt: skip
             keep = future + (before + at)[None, :] * (N_TAPS - 1) + tap
@@ -135,10 +139,10 @@ def _channels(
 
 @triton.jit
 def _steps(
-    dt, dt_row: tl.constexpr, dt_bias, out, mask, first, seqlen, H: tl.constexpr, H2: tl.constexpr,
-    L: tl.constexpr,
+    dt, dt_row: tl.constexpr, dt_bias, out, mask, first, end, seqlen,
+    H: tl.constexpr, H2: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Write softplus(dt + bias), 0 where there is padding, as (heads, positions)."""
+    """Write softplus(dt + bias), 0 at padding and from the end on, as (heads, positions)."""
     row, head = first + tl.arange(0, L), tl.arange(0, H2)
     inside = (row < seqlen)[:, None] & (head < H)[None, :]
     step = tl.load(dt + row[:, None] * dt_row + head[None, :], mask=inside, other=0.0)
@@ -148,7 +152,7 @@ def _steps(
     power = tl.exp(tl.minimum(step, 20.0))
     grown = 1 + power
     small = tl.where(grown == 1, power, tl.log(grown) * power / tl.where(grown == 1, 1, grown - 1))
-    step = tl.where(step > 20, step, small)
+    step = tl.where((row < end)[:, None], tl.where(step > 20, step, small), 0.0)
     if mask is not None:
         real = tl.load(mask + row, mask=row < seqlen, other=0) != 0
         step = tl.where(real[:, None], step, 0.0)
@@ -158,7 +162,7 @@ def _steps(
 @triton.jit(do_not_specialize=["seqlen"])
 def prepare_kernel(
     x, B, C, dt, x_batch, B_batch, C_batch, dt_batch,
-    weight, bias, dt_bias, past, past_batch, past_channel, past_tap, mask, cos, sin,
+    weight, bias, dt_bias, past, past_batch, past_channel, past_tap, mask, end_at, cos, sin,
     rotary_batch, x_out, B_out, C_out, dt_out, future, seqlen, scale,
     x_row: tl.constexpr, B_row: tl.constexpr, C_row: tl.constexpr, dt_row: tl.constexpr,
     rotary_row: tl.constexpr,
@@ -175,6 +179,9 @@ def prepare_kernel(
     block, batch = tl.program_id(0) % BLOCKS, tl.program_id(1).to(tl.int64)
     first = (tl.program_id(0) // BLOCKS).to(tl.int64) * L
     future += batch * (KV * P + KV * N + H * N) * (N_TAPS - 1)
+    end = seqlen
+    if end_at is not None:
+        end = tl.minimum(tl.load(end_at), seqlen).to(tl.int32)
     if past is not None:
         past += batch * past_batch
     if mask is not None:
@@ -187,25 +194,26 @@ def prepare_kernel(
         _channels(
             x + batch * x_batch, x_row, x_out + batch * seqlen * (KV * P), past, past_channel,
             past_tap, future, mask, weight, bias, cos, sin, rotary_row, block, 0, first,
-            seqlen, 1.0, KV * P, P, 0, INTERLEAVED, N_TAPS, SILU, L, BLOCK, ALIGNED,
+            end, seqlen, 1.0, KV * P, P, 0, INTERLEAVED, N_TAPS, SILU, L, BLOCK, ALIGNED,
         )  # fmt: skip
     elif block < X_BLOCKS + B_BLOCKS:
         _channels(
             B + batch * B_batch, B_row, B_out + batch * seqlen * (KV * N), past, past_channel,
             past_tap, future, mask, weight, bias, cos, sin, rotary_row, block - X_BLOCKS, KV * P,
-            first, seqlen, 1.0, KV * N, N, TURNED, INTERLEAVED, N_TAPS, SILU, L, BLOCK, ALIGNED,
+            first, end, seqlen, 1.0, KV * N, N, TURNED, INTERLEAVED, N_TAPS, SILU, L, BLOCK,
+            ALIGNED,
         )  # fmt: skip
     elif block < X_BLOCKS + B_BLOCKS + C_BLOCKS:
         _channels(
             C + batch * C_batch, C_row, C_out + batch * seqlen * (H * N), past, past_channel,
             past_tap, future, mask, weight, bias, cos, sin, rotary_row,
-            block - X_BLOCKS - B_BLOCKS, KV * (P + N), first, seqlen, scale,
+            block - X_BLOCKS - B_BLOCKS, KV * (P + N), first, end, seqlen, scale,
             H * N, N, TURNED, INTERLEAVED, N_TAPS, SILU, L, BLOCK, ALIGNED,
         )  # fmt: skip
     else:
         _steps(
             dt + batch * dt_batch, dt_row, dt_bias, dt_out + batch * seqlen * H, mask, first,
-            seqlen, H, H2, L,
+            end, seqlen, H, H2, L,
         )  # fmt: skip
 
 
@@ -221,7 +229,9 @@ def prepare(
     *,
     mask: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
+    end: Tensor | None = None,
     conv_state: Tensor | None = None,
+    conv_into: Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> Prepared:
     """Mask, convolve, rotate and scale, as `Mamba2Mixer.forward` does before its scan.
@@ -238,14 +248,18 @@ def prepare(
         dt_bias: (n_heads,).
         mask: (batch, seqlen) bool, False at padding.
         rotary: cos and sin, each (batch or 1, seqlen, rotated width); read if config.rope.
+        end: (1,), on the same device: the sequences end there, if not before; at least 1.
         conv_state: (batch, channels, d_conv - 1), what came before, or None for zeros.
+        conv_into: contiguous, gets what the next call will take for it; None: a new tensor.
         blocks: what a program takes.
     """
     batch, seqlen = x.shape[:2]
     blocks, widths = blocks or Blocks(), config.widths
     outs = [torch.empty(batch, seqlen, w, dtype=x.dtype, device=x.device) for w in widths]
     steps = torch.empty(batch, config.n_heads, seqlen, dtype=torch.float32, device=x.device)
-    future = torch.empty(batch, sum(widths), config.d_conv - 1, dtype=x.dtype, device=x.device)
+    future = conv_into
+    if future is None:
+        future = torch.empty(batch, sum(widths), config.d_conv - 1, dtype=x.dtype, device=x.device)
     cos = sin = None
     turned = rotary_batch = rotary_row = 0
     if config.rope:
@@ -260,7 +274,7 @@ def prepare(
         x, B, C, dt, x.stride(0), B.stride(0), C.stride(0), dt.stride(0),
         conv_weight, conv_bias, dt_bias,
         conv_state if has_past else None, *(conv_state.stride() if has_past else (0, 0, 0)),
-        mask, cos, sin, rotary_batch, *outs, steps, future, seqlen,
+        mask, end, cos, sin, rotary_batch, *outs, steps, future, seqlen,
         1.0 if config.scale is None else config.scale,
         x_row=x.stride(1), B_row=B.stride(1), C_row=C.stride(1), dt_row=dt.stride(1),
         rotary_row=rotary_row, KV=config.n_kv_heads, H=config.n_heads, P=config.headdim,

@@ -52,6 +52,7 @@ def scan(
     z: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-5,
+    final_into: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mix a sequence, as `workbench.mamba.ssd.ssd_chunked` does, and finish it if told how.
@@ -68,6 +69,7 @@ def scan(
         z: (batch, seqlen, n_heads * headdim), the gate before SiLU; None: no gate.
         norm_weight: (n_heads * headdim,) of an RMS norm over each head; None: no norm.
         norm_eps: epsilon of that norm.
+        final_into: contiguous float32, gets the final state; None: a new tensor.
         tiles: how to cut the work; None: as suits the sizes.
 
     Returns:
@@ -79,7 +81,9 @@ def scan(
     high = {"dtype": torch.float32, "device": x.device}
     states = torch.empty(batch, n_heads, segments - 1, headdim, d_state, **high)
     decays = torch.empty(batch, n_heads, segments - 1, **high)
-    final = torch.empty(batch, n_heads, headdim, d_state, **high)
+    final = final_into
+    if final is None:
+        final = torch.empty(batch, n_heads, headdim, d_state, **high)
     y = torch.empty(batch, seqlen, n_heads, headdim, dtype=x.dtype, device=x.device)
     P0, P1 = _parts(headdim) if tiles.split else (_filled(headdim), SMALLEST)
     common = {
@@ -122,9 +126,11 @@ def mix(
     norm_weight: Tensor | None,
     *,
     mask: Tensor | None = None,
+    end: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
     conv_state: Tensor | None = None,
     ssm_state: Tensor | None = None,
+    into: tuple[Tensor, Tensor] = (None, None),
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute all of a mixer between its projections; see `prepare` and `scan` for the arguments.
@@ -135,11 +141,12 @@ def mix(
     """
     ready = prepare(
         x, B, C, dt, config, conv_weight, conv_bias, dt_bias,
-        mask=mask, rotary=rotary, conv_state=conv_state,
+        mask=mask, rotary=rotary, end=end, conv_state=conv_state, conv_into=into[0],
     )  # fmt: skip
     y, state = scan(
         ready.x, ready.dt, A_log, ready.B, ready.C, initial_state=ssm_state, A_is_log=True, D=D,
-        z=z, norm_weight=norm_weight, norm_eps=config.norm_eps, tiles=tiles,
+        z=z, norm_weight=norm_weight, norm_eps=config.norm_eps,
+        final_into=into[1], tiles=tiles,
     )  # fmt: skip
     return y.flatten(2), ready.conv_state, state
 

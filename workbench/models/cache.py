@@ -53,8 +53,14 @@ class SSMSlot(LinearAttentionLayer, CacheLayerMixin):
             return None
         return MixerState(self.conv_states[0], self.recurrent_states[0])
 
+    def tensors(self) -> MixerState | None:
+        """Return what holds the state, whatever is in it now; None before there is any."""
+        if not self.is_conv_states_initialized[0]:
+            return None
+        return MixerState(self.conv_states[0], self.recurrent_states[0])
+
     def write(self, state: MixerState, n_tokens: int) -> None:
-        """Keep the state after n_tokens more tokens."""
+        """Keep the state after n_tokens more tokens; these tensors themselves will do."""
         if not self.is_conv_states_initialized[0]:
             self.lazy_initialization(conv_states=state.conv, recurrent_states=state.ssm)
             self.is_initialized = True

@@ -80,7 +80,7 @@ def read(
             it leave keys that the answer writes over, and nothing else.
     """
     batch, seqlen = embedded.shape[:2]
-    shared = _shared(decoder, state, embedded, end)
+    shared = _shared(state, embedded, end)
     h = embedded.flatten(0, 1)
     for block, slot in zip(decoder.blocks, state.cache.layers, strict=True):
         normed, inward = operations.enter(block, h)
@@ -100,22 +100,15 @@ class Shared(NamedTuple):
 
     batch: int
     rotary: tuple[Tensor, Tensor]  # cos and sin, each (1, seqlen, rotated width)
-    mask: Tensor | None  # (batch, seqlen), False behind the end
-    newest: Tensor | None  # (taps,), the places that the convolution still sees after the end
+    end: Tensor | None
 
 
-def _shared(decoder: Decoder, state: State, embedded: Tensor, end: Tensor | None) -> Shared:
+def _shared(state: State, embedded: Tensor, end: Tensor | None) -> Shared:
     batch, seqlen = embedded.shape[:2]
     cos, sin = state.cos[:seqlen], state.sin[:seqlen]
     half = sin.shape[-1] // 2  # the sign of sin stands in the table, where the mixer has its own
     rotary = cos[None], torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)[None]
-    mixers = [block.part for block in decoder.blocks if isinstance(block.part, MixerPart)]
-    if end is None or not mixers:
-        return Shared(batch, rotary, None, None)
-    places = torch.arange(seqlen, device=end.device)
-    mask = (places < end).expand(batch, -1).contiguous()
-    taps = mixers[0].config.d_conv - 1
-    return Shared(batch, rotary, mask, end + torch.arange(-taps, 0, device=end.device))
+    return Shared(batch, rotary, end)
 
 
 def mix(part: MixerPart, inward: Inward, shared: Shared, slot: SSMSlot) -> Tensor:
@@ -126,16 +119,8 @@ def mix(part: MixerPart, inward: Inward, shared: Shared, slot: SSMSlot) -> Tenso
         C = normed_heads(part.C_norm, C, part.config.d_state)
         B = normed_heads(part.B_norm, B, part.config.d_state)
     z, dt = rest if part.z is not None else (None, *rest)
-    said = Projected(x, B, C, z, dt)
-    y, conv, ssm = part.mixer.mix(said, mask=shared.mask, rotary=shared.rotary)
-    if shared.newest is not None:
-        conv = _conv_state(said, shared.newest)
+    y, conv, ssm = part.mixer.mix(
+        Projected(x, B, C, z, dt), end=shared.end, rotary=shared.rotary, into=slot.tensors()
+    )
     slot.write(MixerState(conv, ssm), x.shape[1])
     return y.flatten(0, 1)
-
-
-def _conv_state(said: Projected, places: Tensor) -> Tensor:
-    """What the convolution reads next, (batch, channels, taps): zeros stand before the prompt."""
-    within = places.clamp(min=0)
-    newest = torch.cat([t.index_select(1, within) for t in (said.x, said.B, said.C)], dim=-1)
-    return newest.masked_fill_((places < 0)[:, None], 0).transpose(1, 2)
