@@ -127,6 +127,15 @@ def test_what_stands_behind_the_end_of_a_prompt_changes_nothing(layers, seqlen):
         torch.testing.assert_close(one, same)
 
 
+def test_a_prompt_that_does_not_fit_into_a_cache_is_refused():
+    decoder = read_decoder(words("llama").model)
+    state = State(decoder, 1, 8, ())
+    for shape in ((1, 9), (2, 5)):
+        embedded = torch.zeros(*shape, decoder.embedding.shape[1])
+        with pytest.raises(WorkbenchError, match="does not fit"), torch.no_grad():
+            read(decoder, state, Operations(), embedded)
+
+
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
 def test_short_prompts_are_recorded_and_say_the_same(layers):
@@ -215,6 +224,18 @@ def test_a_cache_that_is_too_short_grows_and_one_of_a_given_size_says_so():
     assert fixed.warm_up_ms > 0
     with pytest.raises(WorkbenchError, match="was made for 16"):
         engined(fixed, inputs, 12)
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+def test_an_engine_may_be_as_short_as_two_tokens(layers):
+    vlm = words("llama", layers)
+    vlm.model.to("cuda" if GPU else "cpu")
+    ids = torch.tensor([[5]], device=vlm.model.device)
+    engine = Engine(vlm, "graph" if GPU else "static", max_length=2)
+    with torch.inference_mode():
+        own = vlm.model(input_ids=ids).logits[:, -1]
+        logits = engine.prefill({"input_ids": ids}, max_new_tokens=1)
+    torch.testing.assert_close(logits, own, atol=1e-4, rtol=1e-4)
 
 
 def test_weights_that_change_are_read_again():

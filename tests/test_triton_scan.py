@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from test_engine import words
 from torch import nn
 
 from workbench.errors import WorkbenchError
@@ -16,6 +17,10 @@ from workbench.mamba import backends, fused, kernels, ssd
 from workbench.mamba.config import Mamba2Config, ProjectionNames
 from workbench.mamba.mixer import Mamba2Mixer, MixerState
 from workbench.mamba.parts import Projected
+from workbench.models.engine.decoder import read_decoder
+from workbench.models.engine.decoding import State
+from workbench.models.engine.operations import Operations, rotate
+from workbench.models.engine.prompt import read
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -27,6 +32,7 @@ DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
 # Interpreted products are numpy's, which has no bfloat16.
 SMALL = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # relative
+GPU_KERNELS = "triton" if DEVICE == "cuda" else "torch"
 DTYPES = [torch.float32, SMALL]
 SHAPES = {  # batch, seqlen, n_heads, heads of x, heads of B, heads of C, headdim, d_state
     "phi": (1, 130, 2, 2, 2, 2, 80, 80),
@@ -116,7 +122,7 @@ def test_the_scan_is_the_chunked_one(shape, dtype):
     "tiles",
     [
         {"chunk": 32, "state_chunk": 16, "programs": 99},
-        {"chunk": 16, "state_chunk": 64, "programs": 2},
+        {"chunk": 16, "state_chunk": 64, "programs": 1},
         {"chunk": 128, "state_chunk": 128, "split": False},
     ],
     ids=["many segments", "few segments", "one tile"],
@@ -294,3 +300,55 @@ def test_what_needs_gradients_is_left_to_others():
             assert not fused.suits(mix, Projected(*(t[:, :1] for t in projected)))
     with kernels.use("torch"), torch.no_grad():
         assert not fused.suits(mix, projected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "heads, kv_heads, headdim, width", [(4, 2, 6, 4), (2, 2, 80, 32), (3, 1, 64, 64), (2, 1, 10, 6)]
+)
+def test_a_prompt_is_rotated_and_kept(heads, kv_heads, headdim, width, dtype):
+    from workbench.models.engine import triton_prompt
+
+    batch, seqlen, places = 2, 21, 30
+    torch.manual_seed(width)
+    rows = [torch.randn(batch * seqlen, n * headdim + 3, device=DEVICE).to(dtype)[:, :-3]
+            for n in (heads, kv_heads, kv_heads)]  # fmt: skip
+    angle = torch.rand(seqlen, width // 2, device=DEVICE) * 3
+    cos = torch.cat([angle.cos(), angle.cos()], -1).to(dtype)
+    sin = torch.cat([-angle.sin(), angle.sin()], -1).to(dtype)
+    q, k, v = (t.double().view(batch, seqlen, -1, headdim).transpose(1, 2) for t in rows)
+    expected = [rotate(t.clone(), cos.double(), sin.double()) for t in (q, k)]
+    keys, values = torch.full((2, batch, kv_heads, places, headdim), 7.0, device=DEVICE).to(dtype)
+    triton_prompt.keep(*rows, cos, sin, keys, values)
+    q, k = (t.view(batch, seqlen, -1, headdim).transpose(1, 2) for t in rows[:2])
+    for found, same in zip((q, k, keys[:, :, :seqlen]), (*expected, expected[1]), strict=True):
+        assert error(found, same) < TOLERANCE[dtype]
+    assert torch.equal(values[:, :, :seqlen].double(), v)
+    assert (keys[:, :, seqlen:] == 7).all()
+    assert (values[:, :, seqlen:] == 7).all()
+
+
+@pytest.mark.parametrize("layers", [None, (1, 2)], ids=["teacher", "hybrid"])
+@pytest.mark.parametrize("family", ["phi", "llama", "phi-norms"])
+def test_a_prompt_through_the_kernels_says_the_same(family, layers):
+    from workbench.models.engine.triton_operations import TritonOperations
+
+    vlm = words(family, layers, rope=True)
+    vlm.model.to(DEVICE)
+    decoder, found = read_decoder(vlm.model), []
+    before, embedded = torch.randn(2, 2, 19, decoder.embedding.shape[1], device=DEVICE)
+    end = torch.tensor([17], device=DEVICE)
+    for operations, kind in ((Operations(), "torch"), (TritonOperations(decoder), GPU_KERNELS)):
+        state = State(decoder, 2, 24, layers or ())
+        with torch.no_grad(), kernels.use(kind):
+            read(decoder, state, operations, before)  # of which nothing is to be left
+            for slot in state.cache.layers:
+                slot.forget()
+            found.append([read(decoder, state, operations, embedded, end)])
+        for slot in state.cache.layers:
+            mixes = slot.keys is None
+            kept = slot.tensors() if mixes else (slot.keys[:, :, :17], slot.values[:, :, :17])
+            found[-1].extend(kept)
+        assert state.cache.layers[0].get_seq_length() == 19
+    for one, same in zip(*found, strict=True):
+        torch.testing.assert_close(one, same, atol=2e-4, rtol=2e-4)

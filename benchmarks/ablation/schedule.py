@@ -35,7 +35,9 @@ class Schedule:
             job for job in jobs if job in missing or (job.kind == "donor" and job.seed in waiting)
         ]
         self.donors: dict[int, bool] = {}  # by seed, whether it was made
-        self.took: list[tuple[int, float]] = []  # (steps, seconds) of finished jobs
+        self.took: list[tuple[str, int, float]] = []  # kind, work, seconds of finished jobs
+        for line in record.found.values():  # those of an earlier run, until there are newer ones
+            self._remember(line)
 
     def next(self) -> Job | None:
         """The next job that can begin now, and end in time."""
@@ -48,11 +50,18 @@ class Schedule:
     def estimate(self, job: Job) -> float:
         """Seconds that the job will take; 0 as long as nothing is known."""
         own = self._work(job)
-        alike = [seconds for work, seconds in self.took if work == own]
+        # A donor trains all layers at once, which says little of a row.
+        took = [found for found in self.took if found[0] == job.kind] or self.took
+        alike = [seconds for _, work, seconds in took if work == own]
         if alike:
             return MARGIN * mean(alike[-8:])
-        rates = [seconds / work for work, seconds in self.took]
+        rates = [seconds / work for _, work, seconds in took]
         return MARGIN * own * max(rates) if rates else 0.0
+
+    def _remember(self, line: dict) -> None:
+        if "error" not in line:
+            steps = line.get("steps", 0)
+            self.took.append((line["kind"], OVERHEAD + steps, line["seconds"]))
 
     def _work(self, job: Job) -> int:
         steps = {"train": lambda: job.row.n_steps(self.args), "donor": lambda: self.args.align}
@@ -62,8 +71,7 @@ class Schedule:
         """Write down what a job gave; without its donor, no row that needs it can be made."""
         line = job.facts() | result
         self.record.add(line)
-        if "error" not in result:
-            self.took.append((self._work(job), result["seconds"]))
+        self._remember(line)
         if job.kind == "donor":
             self.donors[job.seed] = "error" not in result
             if "error" in result:

@@ -49,9 +49,9 @@ ALONE = (  # name, changes to Tiles: simpler ones show what breaks the default
     ("eight warps", {"warps": 8, "state_warps": 8}),
 )
 VARIANTS = (  # of Tiles, beside the default
-    {"programs": 2},
+    {"programs": 4},
     {"programs": 8},
-    {"stages": 3, "programs": 2},
+    {"stages": 3},
     {"chunk": 128, "warps": 8},
     {"chunk": 128, "warps": 8, "split": False},
     {"state_chunk": 128, "state_warps": 8, "state_stages": 2},
@@ -258,7 +258,8 @@ def time_preparing(results: Results) -> None:
 
     for length in LENGTHS[:2]:
         run = _preparing(length, OPTIONS["mixer (as attention)"])
-        for blocks in (Blocks(), Blocks(rows=16, warps=8), Blocks(rows=4), Blocks(channels=512)):
+        others = (Blocks(8, 256), Blocks(4, 256), Blocks(8, 128, 2), Blocks(16, 128, 8))
+        for blocks in (Blocks(), *others):
             name = f"rows={blocks.rows} channels={blocks.channels} warps={blocks.warps}"
             results.time("prepare", name, length, partial(run, blocks=blocks))
 

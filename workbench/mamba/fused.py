@@ -92,18 +92,22 @@ def _mix(
             *said, config, conv1d.weight, conv1d.bias,
             mixer.A_log, mixer.dt_bias, mixer.D, mixer.norm.weight if by_head else None,
             mask=mask, end=end, rotary=rotary, conv_state=conv_state, ssm_state=ssm_state,
-            into=into if _takes(into, said.x) else (None, None),
+            into=into if _takes(into, mixer, said.x) else (None, None),
         )  # fmt: skip
         if config.norm and not by_head:  # no program has the whole of a wider group
             y = mixer.norm(y, None).to(said.x.dtype)
     return y, conv_state, ssm_state
 
 
-def _takes(into: MixerState | None, x: Tensor) -> bool:
+def _takes(into: MixerState | None, mixer: Mamba2Mixer, x: Tensor) -> bool:
     """Tell whether kernels can write a state into these tensors."""
-    if into is None or into.conv.dtype != x.dtype or into.ssm.dtype != torch.float32:
+    if into is None or (into.conv.dtype, into.ssm.dtype) != (x.dtype, torch.float32):
         return False
-    return into.conv.is_contiguous() and into.ssm.is_contiguous()
+    config, batch = mixer.config, x.shape[0]
+    conv = (batch, sum(config.widths), config.d_conv - 1)
+    ssm = (batch, config.n_heads, config.headdim, config.d_state)
+    fits = (into.conv.shape, into.ssm.shape) == (conv, ssm)
+    return fits and into.conv.is_contiguous() and into.ssm.is_contiguous()
 
 
 def _kernels() -> ModuleType:

@@ -200,11 +200,11 @@ class Mamba2Mixer(nn.Module):
         Args:
             said: what they say of the sequence.
             mask: as in `forward`.
-            end: (1,), where all sequences end; what is behind it is mixed, but leaves no trace in
-                the state. None: none ends early.
+            end: (1,), where all sequences end, from 1 to seqlen; what is behind it is mixed, but
+                leaves no trace in the state. None: none ends early.
             rotary: as in `forward`.
             state: as in `forward`.
-            into: contiguous tensors that kernels may put the state into, and return.
+            into: other tensors than those of `state`, in which kernels may leave the new one.
         """
         options = {"mask": mask, "end": end, "rotary": rotary, "state": state}
         if fused.suits(self, said):
@@ -237,9 +237,10 @@ class Mamba2Mixer(nn.Module):
             xBC = xBC.masked_fill(~mask[..., None], 0)
             dt = dt.masked_fill(~mask[..., None], 0)
         past = None if state is None else state.conv
-        at_end = None if end is None else newest(xBC, past, end, config.d_conv - 1)
-        xBC, conv_state = self.conv1d(xBC, past)
-        conv_state = conv_state if at_end is None else at_end
+        read = xBC
+        xBC, conv_state = self.conv1d(read, past)
+        if end is not None:
+            conv_state = newest(read, past, end, config.d_conv - 1)
         x, B, C = (
             t.unflatten(-1, (-1, width))
             for t, width in zip(

@@ -53,6 +53,13 @@ class StaticSlot(CacheLayerMixin):
             return key_states, value_states
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def fill(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Forget the past, and return all places, the first of which these are to fill."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.seen = key_states.shape[2]
+        return self.keys, self.values
+
     def get_seq_length(self) -> int:
         """Return how many positions are filled."""
         return self.seen

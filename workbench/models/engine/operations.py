@@ -93,14 +93,31 @@ class Operations:
 
         cos and sin: (seqlen, rotated width).
         """
+        q, k, v = self.keep_prompt(part, inward, cos, sin, slot, batch)
+        shared = {"enable_gqa": True} if part.n_kv_heads < part.n_heads else {}
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=part.scale, **shared)
+        return mixed.transpose(1, 2).flatten(0, 1).flatten(1)
+
+    def keep_prompt(
+        self,
+        part: AttentionPart,
+        inward: Inward,
+        cos: Tensor,
+        sin: Tensor,
+        slot: "StaticSlot",
+        batch: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotate queries and keys, keep keys and values: each (batch, its heads, seqlen, headdim).
+
+        Arguments are those of `attend_prompt`.
+        """
         cos, sin = (t.repeat(batch, 1)[:, None] for t in (cos, sin))
         q, k, v = (
             t.unflatten(0, (batch, -1)).transpose(1, 2) for t in rotated(part, inward, cos, sin)
         )
-        k, v = slot.update(k, v)
-        shared = {"enable_gqa": True} if part.n_kv_heads < part.n_heads else {}
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=part.scale, **shared)
-        return mixed.transpose(1, 2).flatten(0, 1).flatten(1)
+        for places, new in zip(slot.fill(k, v), (k, v), strict=True):
+            places[:, :, : new.shape[2]] = new
+        return q, k, v
 
     def mix(
         self,
@@ -113,6 +130,10 @@ class Operations:
     ) -> Tensor:
         """Advance a Mamba-2 layer, its states in place: (batch, d_inner), gated and normalised."""
         return mix(part, inward, cos, sin, conv_state, ssm_state)
+
+    def feeds_apart(self, block: Block, h: Tensor) -> bool:
+        """Tell whether the feed-forward is torch's, and reads nothing that is mixed."""
+        return block.second_norm is None
 
     def leave(
         self, block: Block, h: Tensor, normed: Tensor, mixed: Tensor, inward: Inward
@@ -245,11 +266,14 @@ def leave(block: Block, h: Tensor, normed: Tensor, mixed: Tensor, inward: Inward
     """See `Operations.leave`."""
     h = h + block.out(mixed)
     if block.second_norm is None:
-        fed = inward[-len(feeding(block)) :]
-    else:
-        read = block.second_norm(h)
-        fed = tuple(matrix(read) for matrix in feeding(block))
-    return h + block.down(fold(block, fed))
+        return h + feed(block, inward)
+    read = block.second_norm(h)
+    return h + block.down(fold(block, tuple(matrix(read) for matrix in feeding(block))))
+
+
+def feed(block: Block, inward: Inward) -> Tensor:
+    """Return what a feed-forward adds that reads the layer's own input: (batch, d_model)."""
+    return block.down(fold(block, inward[-len(feeding(block)) :]))
 
 
 def fold(block: Block, fed: tuple[Tensor, ...]) -> Tensor:

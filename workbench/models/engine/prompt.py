@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from workbench.errors import WorkbenchError
 from workbench.mamba.mixer import MixerState
 from workbench.mamba.parts import Projected
 from workbench.models.cache import SSMSlot
 from workbench.models.engine.decoder import AttentionPart, Decoder, MixerPart
 from workbench.models.engine.decoding import State
-from workbench.models.engine.operations import Inward, Operations, normed_heads
+from workbench.models.engine.operations import Inward, Operations, feed, normed_heads
 
 
 class _Fed(Exception):
@@ -67,6 +68,7 @@ def read(
     operations: Operations,
     embedded: Tensor,
     end: Tensor | None = None,
+    beside: torch.cuda.Stream | None = None,
 ) -> Tensor:
     """Read a prompt from the beginning, and return the logits after it, (batch, vocabulary).
 
@@ -78,18 +80,37 @@ def read(
             the end.
         end: (1,), where the prompt ends, in all rows; None: it fills its tensor. Positions behind
             it leave keys that the answer writes over, and nothing else.
+        beside: where the feed-forward may run while a layer mixes, if neither reads the other.
+
+    Raises:
+        WorkbenchError: the state is for fewer positions, or another batch.
     """
     batch, seqlen = embedded.shape[:2]
+    if seqlen > state.max_length or batch != len(state.token):
+        raise WorkbenchError(
+            f"A prompt of {batch} x {seqlen:,} positions does not fit into a state for "
+            f"{len(state.token)} x {state.max_length:,}."
+        )
     shared = _shared(state, embedded, end)
     h = embedded.flatten(0, 1)
     for block, slot in zip(decoder.blocks, state.cache.layers, strict=True):
         normed, inward = operations.enter(block, h)
+        apart = beside is not None and operations.feeds_apart(block, h)
+        if apart:
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                fed = feed(block, inward)
         if isinstance(block.part, AttentionPart):
             cos, sin = state.cos[:seqlen], state.sin[:seqlen]
             mixed = operations.attend_prompt(block.part, inward, cos, sin, slot, batch)
         else:
             mixed = mix(block.part, inward, shared, slot)
-        h = operations.leave(block, h, normed, mixed, inward)
+        if apart:
+            h = h + block.out(mixed)
+            torch.cuda.current_stream().wait_stream(beside)
+            h = h + fed
+        else:
+            h = operations.leave(block, h, normed, mixed, inward)
     h = h.unflatten(0, (batch, seqlen))
     last = h[:, -1] if end is None else h.index_select(1, end - 1)[:, 0]
     return operations.logits(decoder, last.contiguous())
@@ -100,7 +121,7 @@ class Shared(NamedTuple):
 
     batch: int
     rotary: tuple[Tensor, Tensor]  # cos and sin, each (1, seqlen, rotated width)
-    end: Tensor | None
+    end: Tensor | None  # (1,), where it ends before its tensor does
 
 
 def _shared(state: State, embedded: Tensor, end: Tensor | None) -> Shared:

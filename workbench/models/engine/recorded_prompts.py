@@ -47,6 +47,7 @@ class RecordedPrompts:
 
     def __init__(self, decoder: Decoder, state: State, operations: Operations) -> None:
         self.decoder, self.state, self.operations = decoder, state, operations
+        self.beside = torch.cuda.Stream(decoder.embedding.device)
         self.pool = torch.cuda.graph_pool_handle()  # no two run at once, so they share memory
         self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self.failed = False
@@ -94,4 +95,5 @@ class RecordedPrompts:
     def _read(self, given: Tensor) -> Tensor:
         for slot in self.state.cache.layers:  # else keys would be put behind those of before
             slot.forget()
-        return read(self.decoder, self.state, self.operations, given, self.state.place)
+        operations, place = self.operations, self.state.place
+        return read(self.decoder, self.state, operations, given, place, self.beside)

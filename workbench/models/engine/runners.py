@@ -17,10 +17,12 @@ from workbench.models.engine.decoder import Decoder
 from workbench.models.engine.decoding import State, StaticSlot, step
 from workbench.models.engine.operations import Operations
 from workbench.models.engine.prompt import embed, read
-from workbench.models.engine.recorded_prompts import RECORDING, RecordedPrompts
+from workbench.models.engine.recorded_prompts import RecordedPrompts, recording
 from workbench.models.families import text_config
 from workbench.models.hybrid import plan_of
 from workbench.models.teacher import VLM
+
+IDLE_PROMPT, IDLE_STEPS = 2, 3  # what warms up, in tokens
 
 
 class Lean:
@@ -47,6 +49,7 @@ class Lean:
         plan = plan_of(vlm.model)
         layers = () if plan is None else plan.mamba_layers
         self.vlm, self.decoder, self.operations = vlm, decoder, operations
+        max_length = max(max_length, IDLE_PROMPT + IDLE_STEPS)
         self.state = State(decoder, batch_size, max_length, layers)
         self.batch_size, self.max_length = batch_size, max_length
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -135,8 +138,10 @@ class Lean:
         return logits
 
     def _warm_up(self, graph: bool) -> None:
-        """Make every tensor, compile every kernel, and record the graph, on two idle tokens."""
-        ids = torch.zeros(self.batch_size, 2, dtype=torch.long, device=self.token.device)
+        """Make every tensor, compile every kernel, and record the graph, on idle tokens."""
+        ids = torch.zeros(
+            self.batch_size, IDLE_PROMPT, dtype=torch.long, device=self.token.device
+        )
         self.prefill({"input_ids": ids}, None)
         if not graph:
             self._step()
@@ -144,12 +149,12 @@ class Lean:
             beside = torch.cuda.Stream(self.token.device)
             beside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(beside):
-                for _ in range(3):
+                for _ in range(IDLE_STEPS):
                     self._step()
             torch.cuda.current_stream().wait_stream(beside)
             self.graph = torch.cuda.CUDAGraph()
             # Another thread may allocate and copy meanwhile, but not wait for the whole device.
-            with RECORDING, torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with recording(), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.logits = self._step()
         self.state.begin(None)
 

@@ -35,9 +35,11 @@ class TritonOperations(Operations):
         from workbench.mamba import triton_kernels as mixing
         from workbench.models.engine import triton_attention as attention
         from workbench.models.engine import triton_kernels as kernels
+        from workbench.models.engine import triton_prompt as prompt
         from workbench.models.engine import triton_rows as rows
 
         self.mixing, self.attention, self.kernels, self.rows = mixing, attention, kernels, rows
+        self.prompt = prompt
         self.dense = dense
         norms = [*(block.norm for block in decoder.blocks[1:]), decoder.norm]
         self.next_norm = {
@@ -77,16 +79,31 @@ class TritonOperations(Operations):
         state,
     ) -> Tensor:
         """See `Operations.attend`."""
-        q, k, v = inward[:3]
-        if part.q_norm is not None:
-            q = normed_heads(part.q_norm, q, part.headdim)
-            k = normed_heads(part.k_norm, k, part.headdim)
+        q, k, v = _normed(part, inward)
         pairs = keys.shape[0] * keys.shape[1]
         splits = max(2, PROGRAMS_A_PROCESSOR * self.processors // pairs)
         return self.attention.attend(
             q, k, v, cos, sin, keys, values, state.place, state.start,
             headdim=part.headdim, scale=part.scale, n_splits=1 << (splits - 1).bit_length(),
         )  # fmt: skip
+
+    def keep_prompt(
+        self,
+        part: AttentionPart,
+        inward: Inward,
+        cos: Tensor,
+        sin: Tensor,
+        slot,
+        batch: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Operations.keep_prompt`."""
+        q, k, v = _normed(part, inward)
+        heads = [
+            t.unflatten(0, (batch, -1)).unflatten(-1, (-1, part.headdim)).transpose(1, 2)
+            for t in (q, k, v)
+        ]
+        self.prompt.keep(q, k, v, cos, sin, *slot.fill(*heads[1:]))
+        return tuple(heads)
 
     def mix(
         self,
@@ -108,6 +125,11 @@ class TritonOperations(Operations):
             inward, part.config, part.conv_weight, part.conv_bias, part.A_log, part.dt_bias,
             part.D, part.norm_weight, cos, sin, conv_state, ssm_state,
         )  # fmt: skip
+
+    def feeds_apart(self, block: Block, h: Tensor) -> bool:
+        """See `Operations.feeds_apart`."""
+        ours = self._alone(block, h) or self._few(block, h)
+        return not ours and super().feeds_apart(block, h)
 
     def leave(
         self, block: Block, h: Tensor, normed: Tensor, mixed: Tensor, inward: Inward
@@ -159,6 +181,15 @@ class TritonOperations(Operations):
         """Tell whether there are few rows; matrix units would round float32 to fewer bits."""
         few = 1 < h.shape[0] <= self.rows.MOST_TOKENS
         return self.dense and few and h.dtype != torch.float32
+
+
+def _normed(part: AttentionPart, inward: Inward) -> Inward:
+    """Return queries, keys and values, normalised where the layer does that."""
+    q, k, v = inward[:3]
+    if part.q_norm is not None:
+        q = normed_heads(part.q_norm, q, part.headdim)
+        k = normed_heads(part.k_norm, k, part.headdim)
+    return q, k, v
 
 
 def _folded(fed: tuple[Tensor, ...]) -> Tensor:

@@ -121,6 +121,7 @@ class Idle:
         self.inner, self.by_place = inner, inner.by_place
         self.begin, self.enter, self.mix = inner.begin, inner.enter, inner.mix
         self.leave, self.logits = inner.leave, inner.logits
+        self.feeds_apart = inner.feeds_apart
         self.for_prompts = self if inner.for_prompts is inner else Idle(inner.for_prompts)
 
     def attend(self, part, inward: tuple[Tensor, ...], *unused: object) -> Tensor:
