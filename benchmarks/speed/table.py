@@ -1,6 +1,6 @@
 """Print the README's tables of speed, made of what benchmarks.speed.check_gpu wrote.
 
-python -m benchmarks.speed.table benchmarks/results/speed_h100.json
+python -m benchmarks.speed.table benchmarks/results/{speed,prefill_turns}_h200.json
 """
 
 import argparse
@@ -84,26 +84,41 @@ def modes(rows: Iterable[dict], tokens: int) -> str:
     return "\n".join(lines)
 
 
-def tables(path: str | Path) -> list[str]:
-    """All of them: decode, how much of its bound that is, its modes, and prefill."""
-    found = json.loads(Path(path).read_text())
-    bandwidth = 1e9 * float(found["about"]["bandwidth_GB_s"])
-    rows = [row for row in found["rows"] if not row["model"].startswith("smollm2")]  # another size
+def turns(rows: Iterable[dict]) -> str:
+    """Markdown: prompts in turns, a row for each length, with each hybrid's speed-up."""
+    cells, ratios = grid(rows, "graph")
+    lines = [f"| ms a prompt, graph | {' | '.join(ratios)} |", "| --- |" + " ---: |" * len(ratios)]
+    for (tokens, _), found in sorted(cells.items()):
+        figures = " | ".join(_in_turns(found[name]) if name in found else "" for name in ratios)
+        lines.append(f"| {tokens:,} | {figures} |")
+    return "\n".join(lines)
+
+
+def _in_turns(row: dict) -> str:
+    figure = f"{row['ms']:,.0f}" if row["ms"] >= 100 else f"{row['ms']:.1f}"
+    return f"{figure} ({row['speed_up']:.2f}x)" if "speed_up" in row else figure
+
+
+def tables(*paths: str | Path) -> list[str]:
+    """All of them: decode, how much of its bound that is, its modes, and prompts."""
+    files = [json.loads(Path(path).read_text()) for path in paths]
+    bandwidth = 1e9 * float(files[0]["about"]["bandwidth_GB_s"])
+    rows = [row for found in files for row in found["rows"]]
+    rows = [row for row in rows if not row["model"].startswith("smollm2")]  # another size
     decode = [row for row in rows if row["what"] == "decode"]
-    prefill = [row for row in rows if row["what"] == "prefill"]
     return [
         table(decode, "graph", "ms a token, batch x context"),
         reach(decode, "graph", bandwidth),
         modes(decode, 828),
-        table(prefill, "static", "ms a prompt, batch x tokens"),
+        turns(row for row in rows if row["what"] == "prefill in turns"),
     ]
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file")
-    print("\n\n".join(tables(parser.parse_args().file)))
+    parser.add_argument("files", nargs="+")
+    print("\n\n".join(tables(*parser.parse_args().files)))
 
 
 if __name__ == "__main__":
