@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -10,7 +11,7 @@ from test_engine import endless
 from trainees import PLAN, samples
 
 from workbench.errors import WorkbenchError
-from workbench.models.engine import Engine
+from workbench.models.engine import Engine, engine, fastest_mode
 from workbench.steps.conversion.initialization import convert
 from workbench.steps.efficiency import profiling
 from workbench.steps.efficiency.bounds import Idle, amdahl, sizes
@@ -149,6 +150,16 @@ def test_what_is_interrupted_keeps_the_rows_so_far(teacher, monkeypatch):
     assert [r.n_prompt_tokens for r in result.rows] == [8]
     assert not result.finished
     assert "interrupted" in str(result)
+
+
+def test_without_a_mode_a_gpu_records_if_all_models_can_be_recorded(monkeypatch):
+    def vlm(device, reason=None):
+        return SimpleNamespace(model=SimpleNamespace(device=torch.device(device), reason=reason))
+
+    monkeypatch.setattr(engine, "why_not", lambda model: model.reason)
+    assert fastest_mode([vlm("cuda"), vlm("cuda")]) == "graph"
+    assert fastest_mode([vlm("cuda"), vlm("cuda", "odd layers")]) == "static"
+    assert fastest_mode([vlm("cpu")]) == "static"
 
 
 def test_models_take_turns_and_figures_are_medians_without_the_first_round(teacher, monkeypatch):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from workbench.data import Sample, load_data
 from workbench.errors import WorkbenchError
-from workbench.models.engine import Engine
+from workbench.models.engine import Engine, fastest_mode
 from workbench.models.generation import inference, wait
 from workbench.models.prompts import position_limit, prepare_inputs
 from workbench.models.teacher import VLM
@@ -54,7 +54,7 @@ def profile(
     *,
     lengths: Sequence[int] | None = None,
     batch_sizes: Sequence[int] = (1,),
-    mode: str = "static",
+    mode: str | None = None,
     repeats: int = 3,
     max_new_tokens: int = 48,
     trace: str | Path | None = None,
@@ -69,7 +69,8 @@ def profile(
         samples: the questions; by default one long description and one prompt of several pictures.
         lengths: instead of samples, prompts of so many random words, up to any length.
         batch_sizes: with lengths: so many prompts side by side.
-        mode: of the engine, the same for all models.
+        mode: of the engine, the same for all models; None: "graph" on a GPU, if all of them can be
+            recorded, else "static".
         repeats: measured rounds after one that is thrown away.
         max_new_tokens: tokens decoded.
         trace: a file to write, which https://ui.perfetto.dev draws: the last prompt, decoded by the
@@ -85,6 +86,7 @@ def profile(
         raise WorkbenchError("profile needs a list of at least one model, and at least one repeat.")
     if max_new_tokens < 2:
         raise WorkbenchError(f"max_new_tokens must be at least 2, not {max_new_tokens}.")
+    mode = mode or fastest_mode(models)
     prompts = _prompts(samples, lengths, batch_sizes)
     device = models[0].model.device
     rows: list[ProfileRow] = []

@@ -10,7 +10,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from workbench.models.engine import Engine
+from workbench.models.engine import Engine, fastest_mode
 from workbench.models.prompts import position_limit
 from workbench.models.teacher import VLM, load
 
@@ -77,11 +77,10 @@ class Models:
 def make_ready(vlm: VLM) -> Ready:
     """Make a model's engine and warm it up; a model that it cannot take goes without.
 
-    On a GPU the step is recorded as a CUDA graph, which takes seconds once; torch.compile would
-    take a minute. Elsewhere `static` is the fastest mode.
+    On a GPU the step is recorded as a CUDA graph, which takes seconds once.
     """
     try:
-        engine = Engine(vlm, "graph" if vlm.model.device.type == "cuda" else "static")
+        engine = Engine(vlm, fastest_mode([vlm]))
         if engine.reason is None:
             engine.ready(1, min(ROOM, position_limit(vlm)))
         return Ready(vlm, None if engine.reason else engine, engine.reason or "")
