@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -53,15 +53,18 @@ def mix(
     mixer: Mamba2Mixer,
     said: Projected,
     *,
-    mask: Tensor | None,
-    end: Tensor | None,
-    rotary: tuple[Tensor, Tensor] | None,
-    state: MixerState | None,
     into: MixerState | None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what `mixer.mix_in_parts` does; with "auto", leave it to that if a kernel fails."""
-    options = {"mask": mask, "end": end, "rotary": rotary, "state": state}
-    if mixer.config.rope and rotary is None:
+    """Do what `mixer.mix_in_parts` does; with "auto", leave it to that if a kernel fails.
+
+    Args:
+        mixer: whose.
+        said: what its projections say.
+        into: as in `Mamba2Mixer.mix`.
+        **options: those of `mix_in_parts`.
+    """
+    if mixer.config.rope and options["rotary"] is None:
         return mixer.mix_in_parts(said, **options)  # says so
     try:
         return _mix(mixer, said, into=into, **options)
