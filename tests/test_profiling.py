@@ -11,6 +11,7 @@ from test_engine import endless
 from trainees import PLAN, samples
 
 from workbench.errors import WorkbenchError
+from workbench.models import generation
 from workbench.models.engine import Engine, engine, fastest_mode
 from workbench.steps.conversion.initialization import convert
 from workbench.steps.efficiency import profiling
@@ -160,6 +161,20 @@ def test_without_a_mode_a_gpu_records_if_all_models_can_be_recorded(monkeypatch)
     assert fastest_mode([vlm("cuda"), vlm("cuda")]) == "graph"
     assert fastest_mode([vlm("cuda"), vlm("cuda", "odd layers")]) == "static"
     assert fastest_mode([vlm("cpu")]) == "static"
+
+
+def test_a_peak_is_of_one_model_whatever_else_is_in_memory(teacher, monkeypatch):
+    monkeypatch.setattr(generation, "_memory_now", lambda device: 5_000_000)  # of all that is there
+    monkeypatch.setattr(generation, "_memory_peak", lambda device: 5_000_700)
+    hybrid = endless(tiny.vlm((0, 2)))
+    for mode in ("eager", "static"):
+        result = profile([teacher, hybrid], lengths=[8], mode=mode, repeats=1, max_new_tokens=4)
+        for row, vlm in zip(result.rows, (teacher, hybrid), strict=True):
+            made = Engine(vlm, mode, max_length=12)
+            ids = torch.ones(1, 8, dtype=torch.long)
+            list(made.generate({"input_ids": ids}, max_new_tokens=4))
+            expected = row.weight_bytes + sum(made.bytes_reserved()) + 700
+            assert row.peak_mib == pytest.approx(expected / 2**20)
 
 
 def test_models_take_turns_and_figures_are_medians_without_the_first_round(teacher, monkeypatch):

@@ -184,8 +184,7 @@ def _stream(
     steps = _plain_steps(vlm, inputs) if engine is None else engine.timed(inputs, n_most)
     # An engine's cache is there before the first step, and belongs to what came on top.
     there = 0 if engine is None else sum(engine.ready(1, n_prompt + n_most).bytes_reserved())
-    device, before = vlm.model.device, _memory_now(vlm.model.device)
-    base = None if before is None else weight_bytes + there - before
+    peak = Peak(vlm, there)
     prefill_s = decode_s = 0.0
     for token, seconds, (kv_bytes, ssm_bytes) in steps:
         prefill_s, decode_s = (prefill_s, decode_s + seconds) if new else (seconds, 0.0)
@@ -202,7 +201,7 @@ def _stream(
             kv_bytes=kv_bytes,
             ssm_bytes=ssm_bytes,
             weight_bytes=weight_bytes,
-            peak_bytes=None if base is None else base + _memory_peak(device),
+            peak_bytes=peak.n_bytes(),
             reserved_bytes=None if engine is None else sum(engine.bytes_reserved()),
         )
         if final:
@@ -219,6 +218,26 @@ def _plain_steps(vlm: VLM, inputs: dict[str, Tensor]) -> Iterator[Step]:
         token, seconds = _timed_step(vlm, cache, **inputs)
         yield token.item(), seconds, cache_bytes(cache)
         inputs = {"input_ids": token}
+
+
+class Peak:
+    """The most memory that one model needs from now on, on a GPU that may hold others, too.
+
+    Args:
+        vlm: the model.
+        reserved: bytes of its cache that are there already.
+    """
+
+    def __init__(self, vlm: VLM, reserved: int) -> None:
+        self.device = vlm.model.device
+        self.own = sum(p.nbytes for p in vlm.model.parameters()) + reserved
+        self.before = _memory_now(self.device)
+
+    def n_bytes(self) -> int | None:
+        """Return its weights, its cache, and what came on top; None where that is not counted."""
+        if self.before is None:
+            return None
+        return self.own + _memory_peak(self.device) - self.before
 
 
 def _memory_now(device: torch.device) -> int | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from workbench.data import Sample, load_data
 from workbench.errors import WorkbenchError
 from workbench.models.engine import Engine, fastest_mode
-from workbench.models.generation import inference, wait
+from workbench.models.generation import Peak, inference, wait
 from workbench.models.prompts import position_limit, prepare_inputs
 from workbench.models.teacher import VLM
 from workbench.steps.efficiency.bounds import Idle, idle_attention, out_of_memory, ratio, sizes
@@ -163,16 +163,14 @@ class _Meter:
         if self.engine is None:
             return
         try:
-            device = self.vlm.model.device
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
+            there = self.engine.ready(self.batch, self.length + self.n_new).bytes_reserved()
+            peak = Peak(self.vlm, sum(there))
             prefill, decode = _once(self.engine, self.inputs, self.n_new)
             self.prefill.append(prefill)
             self.decode.append(decode)
             self.held = self.engine.bytes_held()
-            if device.type == "cuda":
-                peak = torch.cuda.max_memory_allocated(device) / 2**20
-                self.peak = max(self.peak or 0, peak)  # a graph's memory shows when it is recorded
+            if (n_bytes := peak.n_bytes()) is not None:  # a graph's shows when it is recorded
+                self.peak = max(self.peak or 0, n_bytes / 2**20)
             if self.idle is not None:
                 with idle_attention(self.vlm.model):
                     prefill, decode = _once(self.idle, self.inputs, self.n_new)

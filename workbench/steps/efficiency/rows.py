@@ -34,7 +34,7 @@ class ProfileRow:
     weight_bytes: int
     kv_bytes: int
     ssm_bytes: int
-    peak_mib: float | None  # that the GPU had allocated; None on a CPU
+    peak_mib: float | None  # of a GPU: weights, cache and what came on top; None on a CPU
     warm_up_ms: float  # made once, in no other figure
     note: str = ""
 
