@@ -1,4 +1,4 @@
-"""Print the README's tables of speed, made of what benchmarks.speed.check_gpu wrote.
+"""Print the tables of speed that the READMEs have, made of what benchmarks.speed.check_gpu wrote.
 
 python -m benchmarks.speed.table benchmarks/results/{speed,prefill_turns}_h200.json
 """
