@@ -75,7 +75,8 @@ def test_a_profile_has_a_row_for_each_model_and_prompt_and_counts_bytes():
     plain = json.loads(json.dumps(result.to_dict()))
     assert plain["rows"][5]["decode_speed_up"] == reached
     assert plain["about"]["torch"] == torch.__version__
-    assert str(result).count("\n") == 6
+    assert str(result).count("\n") == 7
+    assert str(result).endswith(", mode static")
     for draw in (speed_figure, prefill_figure):
         assert len(draw(result).data) == 6
 

@@ -143,6 +143,9 @@ class Profile:
                 + (f"{_shown(r.peak_mib, '.0f'):>10}" if peak else "")
                 + (f"  {r.note}" if r.note else "")
             )
+        known = self.about or {"device": self.device}
+        when_and_where = [known[name] for name in ("device", "date") if name in known]
+        lines.append(", ".join([*when_and_where, f"mode {self.mode}"]))
         if not self.finished:
             lines.append("interrupted: these are the rows so far")
         return "\n".join(lines)
