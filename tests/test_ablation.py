@@ -145,6 +145,7 @@ def test_nothing_is_begun_that_would_not_end_in_time(tmp_path):
     args, left = run.parsed(["--steps", "1000"]), [100.0]
     long, short = Job("train", BY_NAME[PAPER], 25), Job("start", BY_NAME["random"], 25)
     taken = Schedule([long, short], Record(tmp_path / "r", SETTINGS), args, lambda: left[0])
+    taken.begun = True
     taken.took.append(("train", 1020, 60.0))
     left[0] = 65
     assert taken.next() == short
@@ -158,11 +159,14 @@ def test_what_an_earlier_run_took_is_expected_again_and_not_what_a_donor_takes(t
     record = Record(tmp_path / "r", SETTINGS)
     row = Job("train", BY_NAME["random"], 25)
     assert Schedule([row], record, args, lambda: 1.0).estimate(row) == 0
-    record.add(Job("donor", seed=1).facts() | {"steps": 333, "seconds": 353.0})
-    assert Schedule([row], record, args, lambda: 1.0).estimate(row) == pytest.approx(1.15 * 1020)
-    before = Job("train", BY_NAME["linear"], 25)
-    record.add(before.facts() | {"steps": 1000, "seconds": 100.0})
-    assert Schedule([row], record, args, lambda: 1.0).estimate(row) == pytest.approx(115)
+    record.add(Job("train", BY_NAME["linear"], 25).facts() | {"steps": 1000, "seconds": 100.0})
+    schedule = Schedule([row], record, args, lambda: 1.0)
+    assert schedule.estimate(row) == pytest.approx(115)
+    schedule.done(Job("donor", seed=1), {"steps": 333, "seconds": 353.0})
+    assert schedule.estimate(row) == pytest.approx(115)  # and not 1,020 steps of a donor
+    schedule.done(Job("train", BY_NAME["matvlm"], 25), {"steps": 1000, "seconds": 300.0})
+    assert schedule.estimate(row) == pytest.approx(345)
+    assert schedule.next() == row  # or a run that knows of a slower one would never begin
 
 
 def test_rows_wait_for_their_donor_and_fail_with_it(tmp_path):

@@ -139,6 +139,27 @@ def test_a_full_memory_is_a_row_and_the_sweep_goes_on(teacher, monkeypatch):
     assert len(speed_figure(result).data[0].x) == 2
 
 
+def test_no_room_for_the_share_of_mixing_costs_only_that_share(teacher, monkeypatch):
+    prefill = Engine.prefill
+
+    def full(self, inputs, **options):
+        if self.wrap is not None:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return prefill(self, inputs, **options)
+
+    monkeypatch.setattr(Engine, "prefill", full)
+    (row,) = profile([teacher], lengths=[8], repeats=1, max_new_tokens=3).rows
+    assert row.note == ""
+    assert row.decode_tokens_per_s > 0
+    assert row.decode_mixing_share is None
+
+
+def test_a_prompt_that_could_not_be_recorded_is_said_to_be(teacher, monkeypatch):
+    monkeypatch.setattr(Engine, "without_graphs", True)
+    result = profile([teacher], lengths=[8], repeats=1, max_new_tokens=3)
+    assert [row.note for row in result.rows] == ["prompts without graphs"]
+
+
 def test_what_is_interrupted_keeps_the_rows_so_far(teacher, monkeypatch):
     prefill = Engine.prefill
 

@@ -35,33 +35,41 @@ class Schedule:
             job for job in jobs if job in missing or (job.kind == "donor" and job.seed in waiting)
         ]
         self.donors: dict[int, bool] = {}  # by seed, whether it was made
-        self.took: list[tuple[str, int, float]] = []  # kind, work, seconds of finished jobs
-        for line in record.found.values():  # those of an earlier run, until there are newer ones
-            self._remember(line)
+        # (kind, work, seconds) of finished jobs, and of those that earlier runs finished.
+        self.took: list[tuple[str, int, float]] = []
+        self.before = [self._taken(line) for line in record.found.values() if "error" not in line]
+        self.begun = False
 
     def next(self) -> Job | None:
-        """The next job that can begin now, and end in time."""
+        """The next job that can begin now, and end in time; the first begins whatever is known."""
         for place, job in enumerate(self.pending):
             ready = not job.needs_donor or self.donors.get(job.seed, False)
-            if ready and self.estimate(job) < self.seconds_left():
+            if ready and (not self.begun or self.estimate(job) < self.seconds_left()):
+                self.begun = True
                 return self.pending.pop(place)
         return None
 
     def estimate(self, job: Job) -> float:
-        """Seconds that the job will take; 0 as long as nothing is known."""
+        """Seconds that the job will take; 0 as long as nothing is known.
+
+        Until one of its kind has finished, the lowest guess counts: a donor, which trains all
+        layers at once, is slower than a row, and an earlier run may have had another machine.
+        """
+        if of_its_kind := [found for found in self.took if found[0] == job.kind]:
+            return self._guess(job, of_its_kind)
+        before = [found for found in self.before if found[0] == job.kind]
+        return min((self._guess(job, some) for some in (self.took, before) if some), default=0.0)
+
+    def _guess(self, job: Job, took: list[tuple[str, int, float]]) -> float:
         own = self._work(job)
-        # A donor trains all layers at once, which says little of a row.
-        took = [found for found in self.took if found[0] == job.kind] or self.took
         alike = [seconds for _, work, seconds in took if work == own]
         if alike:
             return MARGIN * mean(alike[-8:])
-        rates = [seconds / work for _, work, seconds in took]
-        return MARGIN * own * max(rates) if rates else 0.0
+        return MARGIN * own * max(seconds / work for _, work, seconds in took)
 
-    def _remember(self, line: dict) -> None:
-        if "error" not in line:
-            steps = line.get("steps", 0)
-            self.took.append((line["kind"], OVERHEAD + steps, line["seconds"]))
+    @staticmethod
+    def _taken(line: dict) -> tuple[str, int, float]:
+        return line["kind"], OVERHEAD + line.get("steps", 0), line["seconds"]
 
     def _work(self, job: Job) -> int:
         steps = {"train": lambda: job.row.n_steps(self.args), "donor": lambda: self.args.align}
@@ -71,7 +79,8 @@ class Schedule:
         """Write down what a job gave; without its donor, no row that needs it can be made."""
         line = job.facts() | result
         self.record.add(line)
-        self._remember(line)
+        if "error" not in line:
+            self.took.append(self._taken(line))
         if job.kind == "donor":
             self.donors[job.seed] = "error" not in result
             if "error" in result:

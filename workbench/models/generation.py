@@ -201,7 +201,7 @@ def _stream(
             kv_bytes=kv_bytes,
             ssm_bytes=ssm_bytes,
             weight_bytes=weight_bytes,
-            peak_bytes=peak.n_bytes(),
+            peak_bytes=_most(peak, engine, n_prompt),
             reserved_bytes=None if engine is None else sum(engine.bytes_reserved()),
         )
         if final:
@@ -238,6 +238,10 @@ class Peak:
         if self.before is None:
             return None
         return self.own + _memory_peak(self.device) - self.before
+
+
+def _most(peak: Peak, engine: "Engine | None", n_prompt: int) -> int | None:
+    return peak.n_bytes() if engine is None else engine.largest(peak.n_bytes(), n_prompt)
 
 
 def _memory_now(device: torch.device) -> int | None:

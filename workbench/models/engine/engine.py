@@ -85,6 +85,7 @@ class Engine:
         self.runner: Lean | Forward | None = None  # that read the last prompt
         self._runners: dict[int, Lean | Forward] = {}
         self._met: set[int] = set()  # classes of prompts
+        self._peaks: dict[int, int] = {}  # bytes, by class of prompts
         self._weights: tuple[int, ...] = ()
         if max_length is not None:
             self.ready(batch_size, max_length)
@@ -117,6 +118,7 @@ class Engine:
         with inference(self.vlm):
             runner = self._runners[batch_size] = self._make(batch_size, room)
             self._met.clear()
+            self._peaks.clear()
             wait(self.device)
         self.warm_up_ms += (time.perf_counter() - start) * 1e3
         return runner
@@ -233,6 +235,27 @@ class Engine:
             raise WorkbenchError(f"{self} must read a prompt before it can go on.")
         with inference(self.vlm):
             self.runner.pretend(length)
+
+    @property
+    def without_graphs(self) -> bool:
+        """Whether prompts were to be recorded, and could not be."""
+        recorded = getattr(self.runner, "recorded", None)
+        return recorded is not None and recorded.failed
+
+    def largest(self, n_bytes: int | None, n_prompt: int) -> int | None:
+        """Return the most memory that prompts like the last have needed, this one's included.
+
+        What graphs work in is counted only while they are recorded.
+
+        Args:
+            n_bytes: what was counted now, or None if nothing is.
+            n_prompt: tokens of the prompt.
+        """
+        if n_bytes is None:
+            return None
+        like = self.runner.prompt_class(n_prompt)
+        self._peaks[like] = max(n_bytes, self._peaks.get(like, 0))
+        return self._peaks[like]
 
     def bytes_held(self) -> tuple[int, int]:
         """Return bytes of keys and values that are filled, and of Mamba-2 states."""

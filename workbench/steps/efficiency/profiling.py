@@ -11,6 +11,7 @@ import gc
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from workbench.steps.efficiency.machine import about, machine
 from workbench.steps.efficiency.rows import Profile, ProfileRow
 
 OUT_OF_MEMORY = "out of memory"
+WITHOUT_GRAPHS = "prompts without graphs"
 _TRACED_STEPS = 8
 
 
@@ -154,7 +156,10 @@ class _Meter:
         room = self.length + self.n_new
         self.engine = Engine(self.vlm, mode, max_length=room, batch_size=self.batch)
         if self.vlm.plan is None and self.engine.reason is None and mode != "eager":
-            self.idle = Engine(self.vlm, mode, max_length=room, batch_size=self.batch, wrap=Idle)
+            with self._spared():
+                self.idle = Engine(
+                    self.vlm, mode, max_length=room, batch_size=self.batch, wrap=Idle
+                )
         if room > position_limit(self.vlm):
             self.note = f"speed only: the model has {position_limit(self.vlm)} positions"
 
@@ -171,11 +176,13 @@ class _Meter:
             self.held = self.engine.bytes_held()
             if (n_bytes := peak.n_bytes()) is not None:  # a graph's shows when it is recorded
                 self.peak = max(self.peak or 0, n_bytes / 2**20)
+            if self.engine.without_graphs and WITHOUT_GRAPHS not in self.note:
+                self.note = "; ".join(filter(None, (self.note, WITHOUT_GRAPHS)))
             if self.idle is not None:
-                with idle_attention(self.vlm.model):
+                with self._spared(), idle_attention(self.vlm.model):
                     prefill, decode = _once(self.idle, self.inputs, self.n_new)
-                self.idle_prefill.append(prefill)
-                self.idle_decode.append(decode)
+                    self.idle_prefill.append(prefill)
+                    self.idle_decode.append(decode)
         except Exception as error:
             self._give_up(error)
 
@@ -212,6 +219,20 @@ class _Meter:
             warm_up_ms=0.0 if self.engine is None else self.engine.warm_up_ms,
             note=self.note,
         )
+
+    @contextmanager
+    def _spared(self) -> Iterator[None]:
+        """Do without the share of mixing, rather than without all figures, if memory is too small.
+
+        The second engine has a cache of its own.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self.idle, self.idle_prefill, self.idle_decode = None, [], []
+            _drop(self.vlm.model.device)
 
     def _give_up(self, error: Exception) -> None:
         if not out_of_memory(error):
