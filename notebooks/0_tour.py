@@ -207,6 +207,9 @@ print(f"  student, distilled       {distilled.agreement:6.1%}")
 print(f"  pocket-25                {trained.agreement:6.1%}")
 
 # %% [markdown]
+# If yours agrees less than before: one question is an eighth of the figure, and eight steps on four
+# pictures teach little but those four. More pictures and steps are lesson 4.
+#
 # And a benchmark that somebody else made: easy-VQA, coloured shapes with questions, exact match. A
 # few questions say little: ± is one standard error, and where it is 0, all answers were alike.
 

@@ -85,6 +85,7 @@ def heard(monkeypatch):
     monkeypatch.setattr(models, "make_ready", make_ready)
     monkeypatch.setattr(models, "_weight_bytes", lambda vlm: 0)
     monkeypatch.setattr(handlers, "stream_answer", stream_answer)
+    monkeypatch.setattr(handlers, "position_limit", lambda vlm: 400)
     monkeypatch.setattr(handlers, "SECONDS_BETWEEN_UPDATES", 0.0)
     yield calls
     handlers.models.clear()
@@ -128,12 +129,19 @@ def test_figures_stand_on_the_card(heard, picture):
     last = ask(picture, "What is it?", "pocket-25", 64)[-1]
     for figure in (
         "200 <span>ms",
-        "50.0 <span>tokens/s",
+        "– <span>tokens/s",
         "270 + 6 <span>tokens",
         "210 <span>KiB",
         "3 <span>KiB",
     ):
         assert figure in last.hybrid
+
+
+def test_speed_is_shown_where_there_are_tokens_enough():
+    vlm = MODELS["pocket"]
+    for n, shown in ((7, "– <span>tokens/s"), (8, "50.0 <span>tokens/s")):
+        answer = replace(answers_of(vlm)[-1], n_new_tokens=n)
+        assert shown in cards.card("Teacher", vlm, answer, "done")
 
 
 def test_the_card_shows_a_measured_peak_where_there_is_one():
@@ -222,6 +230,22 @@ def test_stop_marks_only_what_was_not_finished(heard, picture):
     assert last.alert == ""
     assert not handlers.turn.taken()
     assert ask(picture, "What is it?", "pocket-25", 64, who="me")[-1].verdict
+
+
+def test_another_example_ends_what_is_answered_and_leaves_nothing_of_it(heard, picture):
+    pages = handlers.ask(picture, "What is it?", "pocket-25", 64, who="me")
+    next(page for page in pages if 'data-state="writing"' in page.hybrid)
+    rest = []
+    reader = threading.Timer(0.1, lambda: rest.extend(pages))
+    reader.start()
+    page = handlers.clear("pocket", "pocket-25", "cpu", "me")
+    reader.join()
+    assert rest == []
+    assert not handlers.turn.taken()
+    assert 'data-state="idle"' in page.teacher
+    assert 'data-state="idle"' in page.hybrid
+    assert (page.alert, page.verdict) == ("", "")
+    assert handlers.clear("pocket", "pocket-99", "cpu", "me").hybrid == gr.skip()
 
 
 def test_a_question_that_waits_says_so_and_can_be_stopped(heard, picture):
@@ -447,9 +471,8 @@ def test_its_page_has_no_frame_and_text_for_examples(heard):
     longest = next(b for b in app.blocks.values() if isinstance(b, gr.Slider))
     assert longest.value == 200
     assert not any("pocket" in str(b.value) for b in app.blocks.values() if isinstance(b, gr.HTML))
-    _, question, alert = handlers.show_example(2, False)
+    _, question = handlers.show_example(2, False)
     assert "story" in question
-    assert alert == ""
 
 
 # The frame
@@ -618,6 +641,8 @@ def test_figures_keep_their_colours():
     measured = [trace for trace in drawn.data if trace.showlegend is not False]
     assert [trace.line.color for trace in measured] == [figures.TEACHER, figures.HYBRID]
     assert list(measured[1].y) == pytest.approx([208, 209, 210, 211, 212, 213])
+    furthest = [max(figures.cache_figure(streams, longest=n).data[1].x) for n in (300, 5)]
+    assert furthest == [300, 276]  # no further than the models go, nor back
     one_token = figures.cache_figure({name: stream[:1] for name, stream in streams.items()})
     assert [trace.mode for trace in one_token.data] == ["markers", "markers"]
     bars = figures.stack_figure(MODELS["pocket-25"].plan)

@@ -46,7 +46,10 @@ def stack_figure(plan: Plan) -> go.Figure:
 
 
 def cache_figure(
-    answers: Mapping[str, Sequence[Answer]], *, continued: float = CONTINUED
+    answers: Mapping[str, Sequence[Answer]],
+    *,
+    continued: float = CONTINUED,
+    longest: int | None = None,
 ) -> go.Figure:
     """Draw how the cache grows with the tokens, one line a model.
 
@@ -54,13 +57,15 @@ def cache_figure(
         answers: The model's name to answers of growing length, such as those that `stream_answer`
             yielded; the teacher's first.
         continued: The lines go on, dotted, to so many times the longest of them.
+        longest: But no further than that, such as where the models end.
 
     Returns:
         Cache in KiB (keys, values and states) against the tokens of prompt and answer: bold what
         was measured, dotted what it comes to at the same rate.
     """
     figure = go.Figure()
-    end = continued * max(_length(stream[-1]) for stream in answers.values())
+    reached = max(_length(stream[-1]) for stream in answers.values())
+    end = max(reached, min(continued * reached, longest or float("inf")))
     for position, (name, stream) in enumerate(answers.items()):
         colour = HYBRID if position else TEACHER
         lengths = [_length(answer) for answer in stream]
@@ -78,7 +83,8 @@ def cache_figure(
                 hovertemplate=f"{name}, going on: %{{y:,.0f}} KiB at %{{x}} tokens<extra></extra>",
             )  # fmt: skip
     figure.update_layout(**_layout(height=230))
-    figure.update_xaxes(title="tokens of prompt and answer", rangemode="tozero", tickformat=",d")
+    title = "tokens of prompt and answer (dotted: at the same rate)"
+    figure.update_xaxes(title=title, rangemode="tozero", tickformat=",d")
     figure.update_yaxes(title="cache, KiB", rangemode="tozero", tickformat=",d")
     return figure
 

@@ -20,6 +20,7 @@ STATES = {
 }
 KIB = 1024
 MIB = 1024 * 1024
+FEWEST_TOKENS = 8  # whose pace is a speed
 LONGEST_WORD = 40  # of a word quoted under the cards
 MOST_CELLS = 16  # layers in one row of a stack
 
@@ -186,7 +187,8 @@ def _how_answered(teacher: Answer, hybrid: Answer, why_not: str) -> str:
         return ""
     sizes = [f"{room / KIB:,.0f}&nbsp;KiB" for room in rooms]
     return (
-        "The engines set aside room for longer answers, of which the figures count what is filled: "
+        "The engines have set aside room, for the longest question so far or more, of which the "
+        "figures count what is filled: "
         f"{sizes[0]} for the teacher, {sizes[1]} for the hybrid."
     )
 
@@ -197,10 +199,16 @@ def _figures(answer: Answer | None) -> str:
         ("First token", answer and f"{answer.prefill_ms:,.0f}", "ms"),
         (
             "Speed",
-            answer and answer.decode_tokens_per_s and f"{answer.decode_tokens_per_s:,.1f}",
+            answer
+            and answer.n_new_tokens >= FEWEST_TOKENS
+            and f"{answer.decode_tokens_per_s:,.1f}",
             "tokens/s",
         ),
-        ("Length", answer and f"{answer.n_prompt_tokens:,} + {answer.n_new_tokens:,}", "tokens"),
+        (
+            "Prompt + answer",
+            answer and f"{answer.n_prompt_tokens:,} + {answer.n_new_tokens:,}",
+            "tokens",
+        ),
         ("Keys, values", answer and f"{answer.kv_bytes / KIB:,.0f}", "KiB"),
         ("States", answer and f"{answer.ssm_bytes / KIB:,.0f}", "KiB"),
         ("Weights", answer and f"{answer.weight_bytes / MIB:,.1f}", "MiB"),

@@ -13,7 +13,7 @@ import torch
 
 from workbench.errors import WorkbenchError
 from workbench.models.generation import Answer, stream_answer
-from workbench.models.prompts import sees
+from workbench.models.prompts import position_limit, sees
 from workbench.models.teacher import VLM
 from workbench.views.app import cards
 from workbench.views.app.examples import examples, is_example
@@ -79,8 +79,9 @@ def ask(
         )
         for shown in turn.take(answering, who):
             yield shown
-    except Stopped:
-        yield _broken_off(shown, "")
+    except Stopped as stopped:
+        if not stopped.quietly:
+            yield _broken_off(shown, "")
     except Exception as error:  # whatever it was, the page must stay and take the next question
         yield _broken_off(shown, cards.alert([_told(error)]))
 
@@ -141,7 +142,8 @@ def _both_answers(
         no_figure,
     )
     yield last
-    figure = cache_figure({teacher.name: of_teacher, hybrid.name: of_hybrid})
+    longest = min(position_limit(vlm) for vlm in (teacher, hybrid))
+    figure = cache_figure({teacher.name: of_teacher, hybrid.name: of_hybrid}, longest=longest)
     yield last._replace(figure=gr.Plot(value=figure, visible=True))  # words need not wait for it
 
 
@@ -231,10 +233,27 @@ def frame(images: list) -> gr.Gallery:
     return gr.Gallery(value=images, columns=1 if len(images) < 2 else 2)
 
 
-def show_example(at: int, pictures: bool = True) -> tuple[gr.Gallery, str, str]:
-    """Put an example into the frame and the question box, and clear the alert."""
+def show_example(at: int, pictures: bool = True) -> tuple[gr.Gallery, str]:
+    """Fill the frame and the question box by an example."""
     sample = examples(pictures)[at]
-    return frame(list(sample.images)), sample.question, ""
+    return frame(list(sample.images)), sample.question
+
+
+def clear(teacher: str, hybrid: str, device: str, who: str | None) -> Answers:
+    """Show both models unasked: what they said was about something else.
+
+    Args:
+        teacher: Name of the teacher, which is there already.
+        hybrid: Name of the hybrid, whose card stays while its weights are being read.
+        device: Where both run.
+        who: Whose question ends, if one is being answered.
+    """
+    turn.end(who)
+    idle = [gr.skip(), gr.skip()]
+    for at, (role, name) in enumerate((("Teacher", teacher), ("Hybrid", hybrid))):
+        if models.holds(name, device):
+            idle[at] = cards.card(role, models.get(name, device).vlm, None, "idle")
+    return Answers("", *idle, "", _no_figure())
 
 
 def choose_hybrid(

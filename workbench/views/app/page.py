@@ -15,6 +15,7 @@ from workbench.views.app.examples import examples, thumbnail
 from workbench.views.app.handlers import (
     ask,
     choose_hybrid,
+    clear,
     models,
     show_example,
     stop,
@@ -26,13 +27,14 @@ TITLE = "MaTVLM Workbench"
 LEDE = """
 <header class="lede"><h1>MaTVLM Workbench</h1>
 <p>{what}, two models: a teacher that is all attention, and a hybrid made from it
-that is partly Mamba-2.</p></header>
+that is partly <span class="whole">Mamba-2</span>.</p></header>
 """
 HOW_MEASURED = """
 <p class="caption">Each model is measured alone: the teacher answers first, then the hybrid, through
 the same code with the same settings, and questions wait in one line for their turn. What is made
 once, before the first question, takes no time in these figures; on a CPU an engine also keeps a
-second copy of the decoder's weights, which they leave out.</p>
+second copy of the decoder's weights, which they leave out. Speed is shown from the eighth token
+on.</p>
 """
 WHAT_POCKET_KNOWS = """
 <p class="caption">The pocket models were trained from scratch on drawings that this project
@@ -114,7 +116,7 @@ def _asking(samples: tuple[Sample, ...], caption: str) -> Asking:
         object_fit="contain",
         format="png",
         interactive=True,
-        sources=["upload", "webcam", "clipboard"],
+        sources=["upload", "clipboard"],
         file_types=["file"],  # anything may come in, so that a sentence can say what is wrong
         buttons=[],
         elem_id="pictures",
@@ -211,6 +213,7 @@ def _wire(left: Asking, right: Answering, teacher: str, device: str, seeing: boo
     for ended in (asking.then, asking.failure):
         ended(None, None, left.ask, js=ENABLE.format("true"), **private)
     left.stop.click(stop, queue=False, **private)
+    right.chosen.change(stop, queue=False, **private)  # its answer would be the other hybrid's
     right.chosen.change(
         partial(choose_hybrid, teacher=teacher, device=device),
         [right.chosen, right.hybrid],
@@ -219,6 +222,11 @@ def _wire(left: Asking, right: Answering, teacher: str, device: str, seeing: boo
         **private,
     )
     left.pictures.upload(take_pictures, left.pictures, [left.pictures, right.alert], **private)
+
+    def cleared(hybrid, request: gr.Request):
+        return clear(teacher, hybrid, device, request.session_hash)
+
     for at, chip in enumerate(left.chips):
-        shown = [left.pictures, left.question, right.alert]
+        shown = [left.pictures, left.question]
         chip.click(partial(show_example, at, seeing), None, shown, **private)
+        chip.click(cleared, right.chosen, page, queue=False, **private)

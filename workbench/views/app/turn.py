@@ -13,7 +13,11 @@ Step = TypeVar("Step")
 
 
 class Stopped(Exception):
-    """Whoever asked has taken the question back."""
+    """Whoever asked has taken the question back; quietly, if the page shows something else now."""
+
+    def __init__(self, quietly: bool) -> None:
+        super().__init__()
+        self.quietly = quietly
 
 
 @dataclass(eq=False)
@@ -21,6 +25,7 @@ class _Place:
     who: str | None
     seen: float  # when it last went on, or looked whether it may
     stopped: bool = False
+    quietly: bool = False
 
 
 class Turn:
@@ -58,7 +63,7 @@ class Turn:
             while True:
                 with self._lock:
                     if me.stopped:
-                        raise Stopped
+                        raise Stopped(me.quietly)
                     if self._line[:1] != [me]:
                         return
                     try:
@@ -70,16 +75,23 @@ class Turn:
         finally:
             self._leave(me)
 
-    def stop(self, who: str | None) -> None:
+    def stop(self, who: str | None, quietly: bool = False) -> None:
         """Stop what somebody asked, at its next step."""
         for place in tuple(self._line):  # without the lock, which a step may hold for long
             if place.who == who:
-                place.stopped = True
+                place.stopped, place.quietly = True, quietly
+
+    def end(self, who: str | None) -> None:
+        """Stop what somebody asked, quietly, and wait until it has ended, or is given up."""
+        self.stop(who, quietly=True)
+        until = monotonic() + GIVEN_UP
+        while any(place.who == who for place in tuple(self._line)) and monotonic() < until:
+            sleep(PATIENCE)
 
     def _comes_to(self, me: _Place) -> bool:
         with self._lock:
             if me.stopped:
-                raise Stopped
+                raise Stopped(me.quietly)
             me.seen = monotonic()
             first = self._line[0]
             if me.seen - first.seen > GIVEN_UP:
