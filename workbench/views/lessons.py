@@ -1,5 +1,6 @@
 """What the lessons share: what they ran on, and checks that answer with a sentence."""
 
+import inspect
 import platform
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ def versions() -> str:
 def check(exercise: str, *claims: tuple[Callable[[], object], str]) -> None:
     """Check the answer to an exercise, claim after claim; print ✓, or how to mend the first gap.
 
-    Nothing is raised, so "Run all" goes on to the end.
+    Nothing is raised, so "Run all" goes on to the end, and no advice is given before a try.
 
     Args:
         exercise: its name, such as "Exercise 1".
@@ -27,6 +28,9 @@ def check(exercise: str, *claims: tuple[Callable[[], object], str]) -> None:
             is not, or when it fails.
     """
     for holds, advice in claims:
+        if untouched := _untouched(holds):
+            print(f"○ {exercise}: not tried yet; {untouched[0]} still says ...")
+            return
         try:
             right, said = bool(holds()), ""
         except Exception as error:  # noqa: BLE001 - whatever a learner wrote
@@ -35,6 +39,13 @@ def check(exercise: str, *claims: tuple[Callable[[], object], str]) -> None:
             print(f"✗ {exercise}: {advice}{said}")
             return
     print(f"✓ {exercise}: right.")
+
+
+def _untouched(holds: Callable[[], object]) -> list[str]:
+    """Names that a claim reads, and that are still `...`, which stands where an answer belongs."""
+    read = inspect.getclosurevars(holds)
+    names = read.nonlocals | read.globals
+    return [n for n, v in names.items() if v is ... or (isinstance(v, set) and ... in v)]
 
 
 def _plain(error: Exception) -> str:
