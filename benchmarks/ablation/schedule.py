@@ -35,7 +35,7 @@ class Schedule:
             job for job in jobs if job in missing or (job.kind == "donor" and job.seed in waiting)
         ]
         self.donors: dict[int, bool] = {}  # by seed, whether it was made
-        # (kind, work, seconds) of finished jobs, and of those that earlier runs finished.
+        # (kind, work, seconds) of finished jobs, then of those that earlier runs finished.
         self.took: list[tuple[str, int, float]] = []
         self.before = [self._taken(line) for line in record.found.values() if "error" not in line]
         self.begun = False

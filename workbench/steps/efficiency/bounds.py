@@ -132,11 +132,8 @@ class Idle:
         self, part, inward: tuple[Tensor, ...], cos: Tensor, sin: Tensor, slot, batch: int
     ) -> Tensor:
         """Return the queries; keys and values have their places, which stay empty."""
-        if not slot.is_initialized:
-            k, v = (t.unflatten(-1, (part.n_kv_heads, -1)) for t in inward[1:3])
-            slot.lazy_initialization(
-                *(t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (k, v))
-            )
+        heads = (t.unflatten(-1, (part.n_kv_heads, -1)) for t in inward[1:3])
+        slot.fill(*(t.unflatten(0, (batch, -1)).transpose(1, 2) for t in heads))
         return inward[0].contiguous()
 
 
