@@ -49,6 +49,7 @@ MIXER_OPTIONS: dict[str, Any] = {
     "conv_activation": "silu",
     "chunk_size": 64,
     "gate": True,
+    "gate_rank": None,
     "norm": True,
     "norm_group_size": None,
     "scale": None,
