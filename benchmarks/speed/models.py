@@ -39,22 +39,20 @@ def llama(sizes: dict, device: str, dtype: torch.dtype, name: str) -> VLM:
 
 
 def hybrid(teacher: VLM, ratio: float, **options) -> VLM:
-    """Convert a teacher; its name says how much of it, and the rank of its gates if any."""
+    """Convert a teacher; its name says how much of it."""
     if not ratio:
         return teacher
     plan = choose_layers(teacher, ratio=ratio)
     model = build_hybrid(teacher.model, plan, options).eval()
-    rank = options.get("gate_rank")
-    name = f"{teacher.name} {ratio:.1%}" + (f" gate {rank}" if rank else "")
-    return VLM(name, model, None, plan)
+    return VLM(f"{teacher.name} {ratio:.1%}", model, None, plan)
 
 
 @lru_cache
-def phi_2_sizes(ratio: float, gate_rank: int | None = None) -> Sizes:
+def phi_2_sizes(ratio: float) -> Sizes:
     """Sizes of a hybrid of Phi-2, bf16, whose weights are nowhere."""
     n_layers = PHI_2["num_hidden_layers"]
     plan = Plan(n_layers, even_layers(n_layers, round(ratio * n_layers)), "even", "for its size")
-    described = {"plan": plan.to_dict(), "options": MIXER_OPTIONS | {"gate_rank": gate_rank}}
+    described = {"plan": plan.to_dict(), "options": dict(MIXER_OPTIONS)}
     config = PhiConfig(**PHI_2, ssm_hybrid=described)
     return sizes(_built(hybrid_class(PhiForCausalLM), config, "meta", torch.bfloat16, "phi-2"))
 

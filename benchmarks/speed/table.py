@@ -51,13 +51,11 @@ def reached(row: dict | None, bandwidth: float) -> str:
     """Share of what a hybrid can reach that pays for its own gate and states, and of Amdahl's."""
     if row is None or "speed_up" not in row:
         return ""
-    share, rank = ratio_of(row).split("%")
-    rank = int(rank.removeprefix(" gate ")) if rank else None
-    own = phi_2_sizes(float(share) / 100, rank).own_bytes(row["batch"])
+    own = phi_2_sizes(float(ratio_of(row).rstrip("%")) / 100).own_bytes(row["batch"])
     teacher_seconds = row["ms"] * row["speed_up"] / 1e3
     reachable = 1 / (1 / row["amdahl"] + own / bandwidth / teacher_seconds)
-    reaches, strict = row["speed_up"] / reachable, row["speed_up"] / row["amdahl"]
-    return f"{100 * reaches:.0f} ({100 * strict:.0f})"
+    share, strict = row["speed_up"] / reachable, row["speed_up"] / row["amdahl"]
+    return f"{100 * share:.0f} ({100 * strict:.0f})"
 
 
 def reach(rows: Iterable[dict], mode: str, bandwidth: float) -> str:

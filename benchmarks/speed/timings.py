@@ -19,7 +19,6 @@ from workbench.steps.efficiency.bounds import (
 from workbench.steps.efficiency.machine import machine
 
 RATIOS = (0, 0.125, 0.25, 0.5, 0.75, 1)
-LOW_GATES = (0.5, (0.5, 128), 1, (1, 128))  # beside the rank that such gates have
 STEPS, ROUNDS = 32, 3
 TURNS = 30  # of models that are close to each other
 ROOM = 256  # places beyond the context
@@ -48,14 +47,6 @@ def decode_smollm2(notes, device) -> None:
     _decode(notes, device, make, [("graph", 1, 828), ("graph", 16, 8192)], (0, 0.5, 1), 0.5)
 
 
-def low_gates(notes, device) -> None:
-    """Hybrids whose gate is a whole matrix beside those whose gate has a rank."""
-    prefill_in_turns(notes, device, lengths=(1024, 2048, 4096), ratios=(0, *LOW_GATES))
-    make = partial(phi, PHI_2, str(device), torch.bfloat16, "phi-2")
-    shapes = ((1, 828), (1, 16384), (1, 65536), (16, 828), (16, 16384))
-    _decode(notes, device, make, [("graph", *shape) for shape in shapes], (0, *LOW_GATES), 1.0)
-
-
 def _decode(notes, device, make, cells, ratios, share_of_time) -> None:
     """Each model alone on the GPU: `make` builds the teacher again for each hybrid."""
     until = notes.left() * (1 - share_of_time)
@@ -64,7 +55,7 @@ def _decode(notes, device, make, cells, ratios, share_of_time) -> None:
         for r in ratios:
             if notes.left() < until:
                 return
-            vlm = _converted(make(), r)
+            vlm = hybrid(make(), r)
             free()
             row = {"what": "decode", "model": vlm.name, "mode": mode, "batch": batch}
             try:
@@ -88,12 +79,6 @@ def _decode(notes, device, make, cells, ratios, share_of_time) -> None:
             notes.add("rows", **row)
             del vlm
             free()
-
-
-def _converted(teacher, ratio):
-    """Convert by a ratio, or by a ratio and a gate's rank."""
-    share, rank = ratio if isinstance(ratio, tuple) else (ratio, None)
-    return hybrid(teacher, share, **({"gate_rank": rank} if rank else {}))
 
 
 def _decode_ms(vlm, mode, batch, context, wrap=None):
@@ -159,9 +144,7 @@ def prefill_phi_2(notes, device) -> None:
             free()
 
 
-def prefill_in_turns(
-    notes, device, sizes=PHI_2, lengths=(1024, 2048, 4096, 16384), ratios=RATIOS
-) -> None:
+def prefill_in_turns(notes, device, sizes=PHI_2, lengths=(1024, 2048, 4096, 16384)) -> None:
     """Prompts where models differ by less than runs do: all of them in turns.
 
     `speed_up` is the median, over rounds, of the teacher's time by the hybrid's in the same round;
@@ -172,7 +155,7 @@ def prefill_in_turns(
     for length in lengths:
         engines = {
             vlm.name: Engine(vlm, mode, max_length=length + 8)
-            for vlm in (_converted(teacher, r) for r in ratios)
+            for vlm in (hybrid(teacher, r) for r in RATIOS)
         }
         ids = torch.randint(3, 500, (1, length), device=device)
         for engine in engines.values():  # once each, uncounted: kernels compile and are measured
@@ -256,4 +239,4 @@ def _reason(error: Exception) -> str:
 
 
 FIRST = (decode_phi_2, mixing_operation, prefill_phi_2)
-REST = (prefill_in_turns, decode_large_batch, decode_smollm2, low_gates, paper_figure)
+REST = (prefill_in_turns, decode_large_batch, decode_smollm2, paper_figure)
