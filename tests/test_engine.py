@@ -77,17 +77,6 @@ def test_other_families_are_read_into_records(family, layers):
     assert engined(engine, inputs) == generated(vlm, inputs)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_gate_of_a_rank_is_read_into_records(mode):
-    vlm = words("llama", (1, 2), gate_rank=5, bias=True)
-    engine = Engine(vlm, mode, backend="aot_eager")
-    assert engine.reason is None
-    inputs = prepare_inputs(vlm, [[], []], [QUESTION, "how many?"], NEW)
-    assert engined(engine, inputs) == generated(vlm, inputs)
-    one = {name: t[:1] for name, t in inputs.items()}
-    assert engined(engine, one) == generated(vlm, one)
-
-
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("family", ["pictures", "llama", "phi-norms", "qwen2"])
 def test_a_prompt_through_records_leaves_what_the_models_own_forward_leaves(family, layers):

@@ -67,10 +67,9 @@ def test_unpack_refuses_what_does_not_fit():
 
 @pytest.mark.parametrize(
     "option",
-    [{"rope": True}, {"gate": False}, {"gate_rank": 3}, {"norm": False}, {"conv_activation": None},
-     {"scale": 0.5}],
+    [{"rope": True}, {"gate": False}, {"norm": False}, {"conv_activation": None}, {"scale": 0.5}],
     ids=lambda option: next(iter(option)),
-)  # fmt: skip
+)
 def test_what_the_packed_layout_cannot_say_is_refused(option):
     with pytest.raises(WorkbenchError, match="layout of mamba_ssm has no place for"):
         pack(mixer(**option))
@@ -217,17 +216,6 @@ def test_without_gate_norm_and_activation_those_parts_are_not_there():
         assert output.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_gate_of_a_rank_is_a_gate_whose_matrix_is_a_product(bias):
-    low, full = mixer(gate_rank=3, bias=bias), mixer(bias=bias)
-    own = {n: p for n, p in low.state_dict().items() if not n.startswith("z_down")}
-    own["z_proj.weight"] = low.z_proj.weight @ low.z_down.weight
-    full.load_state_dict(own)
-    torch.testing.assert_close(low(hidden())[0], full(hidden())[0])
-    assert low.z_down.weight.shape == (3, 24)
-    assert low.z_proj.weight.abs().max() <= 3**-0.5
-
-
 def test_the_scale_multiplies_what_comes_out_of_the_state():
     one, other = mixer(norm=False), mixer(norm=False, scale=2.0)
     one.D.data.zero_(), other.D.data.zero_()
@@ -281,9 +269,6 @@ def test_sizes_that_do_not_divide_are_refused():
         mixer(norm_group_size=7)
     with pytest.raises(WorkbenchError, match=r"chunk_size \(8\) must be at least 1"):
         mixer(d_conv=0)
-    for wrong in ({"gate_rank": 0}, {"gate_rank": 3, "gate": False}):
-        with pytest.raises(WorkbenchError, match=r"gate_rank \(\d\) must be at least 1"):
-            mixer(**wrong)
     with pytest.raises(WorkbenchError, match="'silu' or None, but not 'relu'"):
         mixer(conv_activation="relu")
 

@@ -32,8 +32,6 @@ OPTIONS = {
     "bare": {"gate": False, "norm": False, "conv_activation": None, "d_conv": 2},
     "wide norm": {"norm_group_size": 48},
     "no taps": {"d_conv": 1},
-    "low gate": {"gate_rank": 5},
-    "low gate with bias": {"gate_rank": 16, "bias": True},
 }
 
 

@@ -93,8 +93,6 @@ ROWS = (
     Row("mixer", "calibrated - SiLU", options={"conv_activation": None}, against=DEFAULT),
     Row("mixer", "calibrated - convolution", options={"d_conv": 1}, against=DEFAULT),
     Row("mixer", "calibrated - gate", options={"gate": False}, against=DEFAULT),
-    Row("mixer", "calibrated, gate of rank 16", options={"gate_rank": 16}, against=DEFAULT),
-    Row("mixer", "calibrated, gate of rank 32", options={"gate_rank": 32}, against=DEFAULT),
     Row("mixer", "calibrated - norm", options={"norm": False}, against=DEFAULT),
     Row("recipe", "calibrated, paper's recipe", recipe="matvlm", against=DEFAULT),
     *(Row("recipe", name, recipe=name, against=DEFAULT) for name in LESS),

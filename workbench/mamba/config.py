@@ -38,7 +38,6 @@ class Mamba2Config:
     rope_interleaved: bool = False  # turn channels (0, 1), (2, 3), ... instead of the two halves
     conv_activation: str | None = "silu"  # after the convolution; None: the sum as it is
     gate: bool = True  # multiply the output by silu(z); False: there is no z at all
-    gate_rank: int | None = None  # z through so few channels; None: one matrix, as the paper has it
     norm: bool = True  # normalise the (gated) output; False: there is no norm at all
     norm_group_size: int | None = None  # channels normalised together; None: one head (P)
     norm_eps: float = 1e-5  # epsilon of the norm
@@ -56,10 +55,6 @@ class Mamba2Config:
         if min(self.d_conv, self.chunk_size) < 1:
             raise WorkbenchError(
                 f"d_conv ({self.d_conv}) and chunk_size ({self.chunk_size}) must be at least 1."
-            )
-        if self.gate_rank is not None and not (self.gate and self.gate_rank >= 1):
-            raise WorkbenchError(
-                f"gate_rank ({self.gate_rank}) must be at least 1, and there must be a gate."
             )
         if self.conv_activation not in ("silu", None):
             raise WorkbenchError(

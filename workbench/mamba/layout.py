@@ -94,7 +94,6 @@ def _check_packable(mixer: Mamba2Mixer) -> None:
         "norms on queries and keys": names.C_norm or names.B_norm,
         "rope=True": config.rope,
         "gate=False": not config.gate,
-        "gate_rank": config.gate_rank,
         "norm=False": not config.norm,
         "conv_activation=None": config.conv_activation is None,
         "a scale on C": config.scale not in (None, 1),

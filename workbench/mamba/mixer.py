@@ -72,10 +72,7 @@ class Mamba2Mixer(nn.Module):
         # parameter.
         self.dt_weight = nn.Parameter(torch.empty(config.n_heads, config.d_model, **options))
         if config.gate:
-            width = config.gate_rank or config.d_model
-            self.z_proj = nn.Linear(width, config.d_inner, bias=config.bias, **options)
-        if config.gate_rank:
-            self.z_down = nn.Linear(config.d_model, config.gate_rank, bias=False, **options)
+            self.z_proj = nn.Linear(config.d_model, config.d_inner, bias=config.bias, **options)
         conv1d = CausalConv1d(sum(config.widths), config.d_conv, config.conv_activation)
         self.conv1d = conv1d.to(**options)
         if config.norm:
@@ -89,8 +86,7 @@ class Mamba2Mixer(nn.Module):
     def reset_new_parameters(self, seed: int = 0) -> None:
         """Draw the parameters that attention did not have, as MaTVLM does, the same on any device.
 
-        z_proj, z_down, dt_weight: U(-1, 1) / sqrt(width that they read)
-        conv1d: U(-1, 1) / sqrt(d_conv)
+        z_proj, dt_weight: U(-1, 1) / sqrt(d_model)       conv1d: U(-1, 1) / sqrt(d_conv)
         A_log: log U(1, 16)                               D, norm: 1
         dt_bias: softplus(dt_bias) is log-uniform in (1e-3, 0.1)
         """
@@ -106,10 +102,7 @@ class Mamba2Mixer(nn.Module):
         dt = draw(self.dt_bias, math.log(1e-3), math.log(0.1)).exp()
         values = {}
         if self.config.gate:
-            bound = self.z_proj.in_features**-0.5
-            values["z_proj.weight"] = draw(self.z_proj.weight, -bound, bound)
-        if self.config.gate_rank:
-            values["z_down.weight"] = draw(self.z_down.weight, -linear, linear)
+            values["z_proj.weight"] = draw(self.z_proj.weight, -linear, linear)
         values |= {
             "dt_weight": draw(self.dt_weight, -linear, linear),
             "conv1d.weight": draw(self.conv1d.weight, -conv, conv),
@@ -121,7 +114,7 @@ class Mamba2Mixer(nn.Module):
         if self.config.norm:
             values["norm.weight"] = torch.tensor(1.0, device="cpu")
         if self.config.gate and self.config.bias:
-            values["z_proj.bias"] = draw(self.z_proj.bias, -bound, bound)
+            values["z_proj.bias"] = draw(self.z_proj.bias, -linear, linear)
         with torch.no_grad():
             for name, value in values.items():
                 self.get_parameter(name).copy_(value)
@@ -280,9 +273,7 @@ class Mamba2Mixer(nn.Module):
             C = normed(getattr(self, names.C_norm), C, config.d_state)
         if names.B_norm:
             B = normed(getattr(self, names.B_norm), B, config.d_state)
-        z = None
-        if config.gate:
-            z = self.z_proj(self.z_down(hidden_states) if config.gate_rank else hidden_states)
+        z = self.z_proj(hidden_states) if config.gate else None
         return Projected(x, B, C, z, F.linear(hidden_states, self.dt_weight))
 
     def _scan(

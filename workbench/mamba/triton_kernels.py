@@ -69,11 +69,11 @@ def _turned(
 def _mix_kernel(
     C, B, x, z, dt, C_row, B_row, x_row, z_row, dt_row,
     conv_state, conv_weight, conv_bias, ssm_state, A_log, dt_bias, D, norm_weight,
-    cos, sin, rotary_row, out, eps, scale, z_up, z_bias,
+    cos, sin, rotary_row, out, eps, scale,
     KV: tl.constexpr, REPEATS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     P2: tl.constexpr, N2: tl.constexpr, N_TAPS: tl.constexpr, SILU: tl.constexpr,
     GATE: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, WIDTH: tl.constexpr,
-    RANK: tl.constexpr, RANK2: tl.constexpr, Z_BIAS: tl.constexpr, CHAINED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     batch, kv = tl.program_id(0), tl.program_id(1)
     heads = KV * REPEATS
@@ -90,14 +90,7 @@ def _mix_kernel(
     ssm_state += (batch * heads + kv * REPEATS) * P * N + p[:, None] * N + n[None, :]
     # The state is the largest read, and the kernel before does not write it.
     first = tl.load(ssm_state, mask=inside, other=0.0)
-    if RANK > 0:
-        r = tl.arange(0, RANK2)
-        z_inside = in_p[:, None] & (r < RANK)[None, :]
-        z_up += kv * REPEATS * P * RANK + p[:, None] * RANK + r[None, :]
-        up = tl.load(z_up, mask=z_inside, other=0.0)
     wait(CHAINED)
-    if RANK > 0:
-        low = tl.load(z + batch * z_row + r, mask=r < RANK, other=0.0).to(tl.float32)
     # Channels of the convolution: x of all heads, then B of all, then C of all.
     x_at, B_at = kv * P, kv * N
     xs = _convolved(
@@ -124,15 +117,7 @@ def _mix_kernel(
         y = tl.sum(state * Cs[None, :], axis=1)
         y = y.to(x.dtype.element_ty).to(tl.float32) + xs * tl.load(D + head)
         if GATE:
-            if RANK > 0:
-                if repeat > 0:
-                    up = tl.load(z_up + repeat * P * RANK, mask=z_inside, other=0.0)
-                gate = tl.sum(up.to(tl.float32) * low[None, :], axis=1)
-                if Z_BIAS:
-                    gate += tl.load(z_bias + head * P + p, mask=in_p, other=0.0).to(tl.float32)
-            else:
-                gate = tl.load(z + batch * z_row + head * P + p, mask=in_p, other=0.0)
-                gate = gate.to(tl.float32)
+            gate = tl.load(z + batch * z_row + head * P + p, mask=in_p, other=0.0).to(tl.float32)
             y = y * gate / (1 + tl.exp(-gate))
         if NORM:
             y = y * tl.rsqrt(tl.sum(y * y, axis=0) / P + eps)
@@ -167,13 +152,12 @@ def mix_step(
     sin: Tensor,
     conv_state: Tensor,
     ssm_state: Tensor,
-    z_up: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """Advance a mixer by one position, its states in place.
 
     Args:
-        inward: C, B, x, z if there is a gate (its few channels, if it has a rank), and dt before
-            its bias, each (batch, its width), the last axis contiguous.
+        inward: C, B, x, z if there is a gate, and dt before its bias, each (batch, its width),
+            the last axis contiguous.
         config: sizes and options.
         conv_weight: (channels, d_conv), contiguous.
         conv_bias: (channels,).
@@ -185,7 +169,6 @@ def mix_step(
         sin: like cos, negative in the first half.
         conv_state: (batch, channels, d_conv - 1), contiguous.
         ssm_state: (batch, n_heads, headdim, d_state), float32, contiguous.
-        z_up: of a gate that has a rank: (d_inner, gate_rank), contiguous, and (d_inner,) or None.
 
     Returns:
         (batch, d_inner), gated and normalised.
@@ -193,7 +176,6 @@ def mix_step(
     C, B, x = inward[:3]
     z, dt = (inward[3], inward[4]) if config.gate else (x, inward[3])
     batch = x.shape[0]
-    z_weight, z_bias = z_up or (D, None)
     out = torch.empty(batch, config.d_inner, dtype=x.dtype, device=x.device)
     _mix_kernel[(batch, config.n_kv_heads)](
         C, B, x, z, dt, C.stride(0), B.stride(0), x.stride(0), z.stride(0), dt.stride(0),
@@ -201,13 +183,11 @@ def mix_step(
         D if norm_weight is None else norm_weight,
         cos, sin, cos.stride(0) if cos.shape[0] > 1 else 0, out,
         config.norm_eps, 1.0 if config.scale is None else config.scale,
-        z_weight, D if z_bias is None else z_bias,
         KV=config.n_kv_heads, REPEATS=config.n_heads // config.n_kv_heads,
         P=config.headdim, N=config.d_state,
         P2=triton.next_power_of_2(config.headdim), N2=triton.next_power_of_2(config.d_state),
         N_TAPS=config.d_conv, SILU=config.conv_activation == "silu", GATE=config.gate,
         NORM=norm_weight is not None, ROPE=config.rope, WIDTH=cos.shape[-1],
-        RANK=config.gate_rank or 0, RANK2=triton.next_power_of_2(config.gate_rank or 1),
-        Z_BIAS=z_bias is not None, num_warps=4, **chained(x.device),
+        num_warps=4, **chained(x.device),
     )  # fmt: skip
     return out

@@ -49,7 +49,6 @@ MIXER_OPTIONS: dict[str, Any] = {
     "conv_activation": "silu",
     "chunk_size": 64,
     "gate": True,
-    "gate_rank": None,
     "norm": True,
     "norm_group_size": None,
     "scale": None,

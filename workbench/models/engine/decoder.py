@@ -78,8 +78,7 @@ class MixerPart:
     C: Matrix
     B: Matrix
     x: Matrix
-    z: Matrix | None  # the gate, or the way down to its few channels
-    z_up: Matrix | None  # from those to the gate
+    z: Matrix | None
     dt: Matrix
     dt_bias: Tensor  # (n_heads,), added in float32
     C_norm: Norm | None
@@ -225,8 +224,7 @@ def _mixer(mixer: Mamba2Mixer) -> MixerPart:
         C=C,
         B=B,
         x=x,
-        z=_matrix(mixer.z_down if config.gate_rank else mixer.z_proj) if config.gate else None,
-        z_up=_matrix(mixer.z_proj) if config.gate_rank else None,
+        z=_matrix(mixer.z_proj) if config.gate else None,
         dt=Matrix(mixer.dt_weight),
         dt_bias=mixer.dt_bias,
         C_norm=_norm(getattr(mixer, names.C_norm)) if names.C_norm else None,

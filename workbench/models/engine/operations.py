@@ -222,8 +222,7 @@ def mix(
     dt = F.softplus(raw_dt.to(part.dt_bias.dtype) + part.dt_bias)
     y = _advance(part, x, dt, B, C, ssm_state).flatten(1)
     if part.z is not None:
-        z = inward[3] if part.z_up is None else part.z_up(inward[3])
-        y = y * F.silu(z.to(y.dtype))
+        y = y * F.silu(inward[3].to(y.dtype))
     if part.norm_weight is not None:
         grouped = y.unflatten(-1, (-1, config.group_size))
         squares = grouped.square().mean(-1, keepdim=True)

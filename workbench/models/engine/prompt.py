@@ -140,7 +140,6 @@ def mix(part: MixerPart, inward: Inward, shared: Shared, slot: SSMSlot) -> Tenso
         C = normed_heads(part.C_norm, C, part.config.d_state)
         B = normed_heads(part.B_norm, B, part.config.d_state)
     z, dt = rest if part.z is not None else (None, *rest)
-    z = z if part.z_up is None else part.z_up(z)
     y, conv, ssm = part.mixer.mix(
         Projected(x, B, C, z, dt), end=shared.end, rotary=shared.rotary, into=slot.tensors()
     )

@@ -121,10 +121,9 @@ class TritonOperations(Operations):
             C = normed_heads(part.C_norm, inward[0], part.config.d_state)
             B = normed_heads(part.B_norm, inward[1], part.config.d_state)
             inward = (C, B, *inward[2:])
-        up = part.z_up and (part.z_up.weight, part.z_up.bias)
         return self.mixing.mix_step(
             inward, part.config, part.conv_weight, part.conv_bias, part.A_log, part.dt_bias,
-            part.D, part.norm_weight, cos, sin, conv_state, ssm_state, up,
+            part.D, part.norm_weight, cos, sin, conv_state, ssm_state,
         )  # fmt: skip
 
     def feeds_apart(self, block: Block, h: Tensor) -> bool:
