@@ -183,10 +183,9 @@ def _conv_torch(
     window = F.pad(x, (0, 0, context, 0)) if state is None else torch.cat([state.mT, x], dim=1)
     # Shifted products, which a compiler fuses with the SiLU; a depthwise convolution it cannot.
     high = torch.promote_types(weight.dtype, torch.float32)
-    taps = weight.to(high).unbind(-1)
-    y = sum(window[:, i : i + length] * tap for i, tap in enumerate(taps))
-    if bias is not None:
-        y = y + bias.to(high)
+    y = x.new_zeros(()).to(high) if bias is None else bias.to(high)
+    for i, tap in enumerate(weight.to(high).unbind(-1)):
+        y = torch.addcmul(y, window[:, i : i + length], tap)
     y = F.silu(y) if activation == "silu" else y
     return y.to(x.dtype), window[:, length:].mT
 

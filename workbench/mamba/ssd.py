@@ -131,7 +131,10 @@ def ssd_chunked(
         dt = dt.to(high)
         x = (x * dt[..., None]).to(x.dtype)
         a = _into_chunks((dt * A.to(high))[..., None], chunk_size).squeeze(-1)  # (b, h, c, q)
-        x, B, C = (_into_chunks(_per_head(t, n_heads), chunk_size) for t in (x, B, C))
+        # Laid out once: each of the products below would do it again.
+        x, B, C = (
+            _into_chunks(_per_head(t, n_heads), chunk_size).contiguous() for t in (x, B, C)
+        )
         since_start = a.cumsum(-1)  # log decay from the start of the chunk to each position
 
         # 1. Inside a chunk: the masked matrix of `ssd_matrix`.
