@@ -29,10 +29,10 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+import workbench as wb  # before torch, whose threads then sleep while they wait
 import torch
 import transformers
 
-import workbench as wb
 from workbench.views.figures import cache_figure, stack_figure
 from workbench.views.notebook import ask
 

@@ -24,10 +24,10 @@
 # %%
 import time
 
+import workbench as wb  # before torch, whose threads then sleep while they wait
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import workbench as wb
 from workbench.mamba.ssd import segsum, ssd_chunked, ssd_matrix, ssd_recurrent
 from workbench.views.charts import curves_figure, matrices_figure
 from workbench.views.lessons import check, versions

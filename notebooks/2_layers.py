@@ -22,9 +22,9 @@
 # 2503.13440](https://arxiv.org/abs/2503.13440), table on position). Reading time: 40 minutes.
 
 # %%
+import workbench as wb  # before torch, whose threads then sleep while they wait
 import torch
 
-import workbench as wb
 from workbench.data.conversations import IGNORE
 from workbench.models.families import decoder_layers
 from workbench.steps.efficiency.budget import budget

@@ -23,9 +23,9 @@
 # token.
 
 # %%
+import workbench as wb  # before torch, whose threads then sleep while they wait
 import torch
 
-import workbench as wb
 from workbench.models.cache import CACHE
 from workbench.models.families import decoder_layers
 from workbench.models.hybrid import mixers

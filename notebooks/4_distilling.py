@@ -25,9 +25,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import workbench as wb  # before torch, whose threads then sleep while they wait
 import torch
 
-import workbench as wb
 from workbench.steps.quality.together import mean_kl
 from workbench.steps.training.stages import RECIPES
 from workbench.views.charts import bars_figure

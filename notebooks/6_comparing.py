@@ -21,9 +21,9 @@
 # %%
 import math
 
+import workbench as wb  # before torch, whose threads then sleep while they wait
 import torch
 
-import workbench as wb
 from workbench.steps.quality.together import mean_kl, read_together
 from workbench.views.charts import bars_figure, curves_figure
 from workbench.views.lessons import check, versions

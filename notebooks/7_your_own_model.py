@@ -24,6 +24,7 @@ import math
 import tempfile
 from pathlib import Path
 
+import workbench as wb  # before torch, whose threads then sleep while they wait
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,7 +36,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import workbench as wb
 from workbench.models.families import decoder_layers
 from workbench.models.hybrid import mixers
 from workbench.steps.conversion.initialization import LICENCES

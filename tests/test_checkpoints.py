@@ -174,6 +174,13 @@ def test_a_checkpoint_of_something_else_is_refused(teacher, tmp_path):
     told(r"its batches is \[3, 1, null, 1\], not \[2, 1", batch_size=2)
     told("its seed is 0, not 1", seed=1)
     told("its bf16 is null, not true", bf16=True)
+    other = tiny.vlm(seed=1)
+    with pytest.raises(WorkbenchError, match="its teacher is"):
+        distill(convert(other, PLAN, init="matvlm"), other, samples(8), recipe=STAGES, batch_size=3,
+                folder=tmp_path, resume=True)  # fmt: skip
+    with pytest.raises(WorkbenchError, match=r'its data is \["", 8, .*not \["", 7, '):
+        distill(convert(teacher, PLAN, init="matvlm"), teacher, samples(7), recipe=STAGES,
+                batch_size=3, folder=tmp_path, resume=True)  # fmt: skip
     (tmp_path / "file").write_text("")
     told("is a file; name a folder", folder=tmp_path / "file")
     assert sorted(path.name for path in tmp_path.rglob("*") if path.name != "file") == before

@@ -2,24 +2,31 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from test_token_types import model as needs_pictures
 from torch.nn import functional as F
 from trainees import PLAN, graded, samples
 
-from workbench.data import Texts
+from workbench.data import Sample, Texts
 from workbench.data.conversations import IGNORE
 from workbench.errors import WorkbenchError
 from workbench.models.cache import CACHE
 from workbench.models.hybrid import mixers
+from workbench.models.prompts import prepare_inputs
 from workbench.models.teacher import VLM
 from workbench.steps.conversion.initialization import convert
+from workbench.steps.conversion.scores import score_layers
+from workbench.steps.conversion.selection import choose_layers
 from workbench.steps.quality import evaluation, fidelity
 from workbench.steps.quality.comparison import compare
 from workbench.steps.quality.fidelity import layer_fit, token_fidelity
+from workbench.steps.training.answers import answers_of
 from workbench.steps.training.batches import collate
+from workbench.steps.training.distillation import distill
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +182,76 @@ def test_data_without_end_needs_a_limit(teacher, student):
     silent = batch | {"labels": torch.full_like(batch["labels"], IGNORE)}
     with pytest.raises(WorkbenchError, match="no token of an answer in this data"):
         token_fidelity(teacher, student, [silent])
+    with pytest.raises(WorkbenchError, match="no batch to read"):
+        layer_fit(student, teacher, iter([]), limit=2)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_no_sequence_is_refused(batch_size, teacher, student):
+    texts = Texts("words", ["which bar is the tallest bar"])
+    for data in (samples(2), texts, [collate(teacher, samples(2))]):
+        with pytest.raises(
+            WorkbenchError, match=f"batch_size must be at least 1, not {batch_size}"
+        ):
+            token_fidelity(teacher, student, data, batch_size=batch_size)
+    with pytest.raises(WorkbenchError, match="batch_size must be at least 1"):
+        score_layers(teacher, donor=student, data=samples(2), batch_size=batch_size)
+    with pytest.raises(WorkbenchError, match="batch_size must be at least 1"):
+        answers_of(teacher, samples(2), batch_size=batch_size)
+
+
+@pytest.mark.parametrize("max_length", [0, -5])
+def test_samples_are_not_cut_to_nothing(max_length, teacher, student):
+    for data in (samples(2), Texts("words", ["which bar is the tallest bar"])):
+        with pytest.raises(
+            WorkbenchError, match=f"max_length must be at least 1, not {max_length}"
+        ):
+            distill(student, teacher, data, steps=1, max_length=max_length)
+    with pytest.raises(WorkbenchError, match="max_length must be at least 1"):
+        collate(teacher, samples(2), max_length)
+
+
+@pytest.mark.parametrize("name", ["pocket", Path("pocket")])
+def test_the_name_of_data_is_no_data(name, teacher, student):
+    for verb in (
+        lambda: distill(student, teacher, name, steps=1),
+        lambda: layer_fit(student, teacher, name),
+        lambda: score_layers(teacher, donor=student, data=name),
+        lambda: choose_layers(teacher, method="greedy", donor=student, data=name),
+        lambda: answers_of(teacher, name),
+    ):
+        with pytest.raises(WorkbenchError, match=r"load it first, with wb\.load_data\('pocket'\)"):
+            verb()
+    with pytest.raises(WorkbenchError, match="Plain text asks nothing"):
+        answers_of(teacher, ["which bar"])
+
+
+def test_a_file_is_named_by_a_string_or_a_path(teacher, student, tmp_path):
+    tiny.image(0).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>\nwhich bar?"}, {"from": "gpt", "value": "red"}]
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps([{"image": "a.png", "conversations": turns}]))
+    one, other = (compare(teacher, student, data, batch_size=1) for data in (file, str(file)))
+    assert one.to_dict() == other.to_dict()
+    (tmp_path / "a.txt").write_text("which bar is the tallest bar")
+    assert compare(teacher, student, tmp_path / "a.txt").pairs == ()
+
+
+def test_a_model_that_insists_on_pictures_says_so():
+    vlm = needs_pictures("paligemma")
+    for some in ([()], [(), (tiny.image(0, (8, 8)),)]):
+        with pytest.raises(WorkbenchError, match="paligemma reads no question without a picture"):
+            prepare_inputs(vlm, some, ["which bar?"] * len(some), 1)
+        asked = [Sample(pictures, "which bar?", "red", "bars") for pictures in some]
+        with pytest.raises(WorkbenchError, match="paligemma reads no question without a picture"):
+            collate(vlm, asked)
+
+
+def test_a_tokenizer_without_pad_and_end_tokens_pads(teacher):
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    vlm = VLM("letters", tiny.language_model("llama"), tokenizer)
+    asked = prepare_inputs(vlm, [(), ()], ["which bar?", "how many bars are there?"], 1)
+    assert asked["attention_mask"].sum(1).tolist() != [asked["input_ids"].shape[1]] * 2
+    texts = [Sample((), s.question, s.answer, "text") for s in samples(2)]
+    assert collate(vlm, texts)["labels"].ne(IGNORE).any(1).all()

@@ -16,9 +16,11 @@ from workbench.models.generation import answer_batch
 from workbench.models.prompts import build_prompt
 from workbench.models.teacher import VLM
 from workbench.steps.conversion.initialization import convert
+from workbench.steps.quality.evaluation import evaluate
 from workbench.steps.training.answers import answers_of
 from workbench.steps.training.batches import collate
 from workbench.steps.training.distillation import distill
+from workbench.steps.training.writing import write_conversation
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +106,56 @@ def test_files_that_hold_no_conversations_are_said_in_a_sentence(tmp_path, folde
         load_data("vqa")
 
 
+def test_a_broken_picture_is_left_out_of_a_slice_and_of_scores(tmp_path):
+    good = tiny.image()
+    good.save(tmp_path / "good.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "good.png").read_bytes()[:200])
+    records = [
+        {"id": name, "image": f"{name}.png", "conversations": talk(f"{number}?", "red")}
+        for number, name in enumerate(("good", "half", "good"))
+    ]
+    (tmp_path / "some.json").write_text(json.dumps(records))
+    data = load_conversations(tmp_path / "some.json")
+    assert [sample.question for sample in data[:]] == ["0?", "2?"]
+    assert [sample.question for sample in data[:2]] == ["0?"]
+    assert data[1].question == "2?"  # one sample is asked for: another takes its place
+    records = evaluate(tiny.vlm(), data, max_new_tokens=2).records
+    assert [record.question for record in records] == ["0?", "2?"]
+    assert len(data.skipped) == 1
+    answered = answers_of(tiny.vlm(), data, max_new_tokens=2)
+    assert [sample.question for sample in answered] == ["0?", "2?"]
+
+
 TEMPLATE = (
     "{{ 'Be kind.' }}{% for m in messages %}{{ '[' + m['role'] + ']\n' + m['content'] }}"
     "{% if m['role'] == 'assistant' %}</s>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]\n{% endif %}"
 )
+
+
+GEMMAS = TEMPLATE.replace(
+    "{% if m['role'] == 'assistant' %}</s>{% endif %}{{ '\n' }}", "{{ '<pad>\n' }}"
+)
+
+
+@pytest.mark.parametrize("stops", [[2], [2, 0]], ids=["at eos only", "at the template's, too"])
+def test_an_answer_ends_as_the_template_ends_it_if_the_model_stops_there(stops):
+    chat = VLM("chat", tiny.language_model("llama"), tiny.tokenizer())
+    chat.processor.chat_template = GEMMAS
+    tokenizer = chat.tokenizer
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in ("</s>", "<pad>")]
+    chat.model.generation_config.eos_token_id = ids[: len(stops)]
+    text, spans = write_conversation(chat, Sample((), "q?", "red", "f", more=(("and?", "no"),)))
+    end = "</s>" if len(stops) == 1 else "<pad>"
+    assert [text[a:b].strip() for a, b in spans] == [f"red{end}", f"no{end}"]
+    assert text.count("<pad>") == (3 if end == "</s>" else 4)  # the last turn's is not written
+
+
+def test_without_an_end_token_nothing_is_written_for_it():
+    words = VLM("words", tiny.language_model("llama"), tiny.tokenizer())
+    words.tokenizer.eos_token = words.model.generation_config.eos_token_id = None
+    text, spans = write_conversation(words, Sample((), "q?", "red", "f"))
+    assert [text[a:b].strip() for a, b in spans] == ["red"]
 
 
 def test_every_turn_is_written_and_every_answer_learnt(folder):

@@ -275,6 +275,8 @@ def test_what_cannot_be_distilled_is_said_in_a_sentence(teacher, student):
 
     told("tiny has no Mamba-2 layer to train: convert a teacher first", who=teacher)
     told("tiny-0 has no Mamba-2 layer", who=convert(teacher, choose_layers(teacher, ratio=0)))
+    with pytest.raises(WorkbenchError, match="cannot learn from itself: give its teacher"):
+        distill(student, student, samples(4), steps=1)
     told("the data set is empty", data=[])
     told("steps=0 trains nothing", steps=0)
     told("batch_size=0 trains nothing", batch_size=0)

@@ -124,6 +124,18 @@ def test_a_batch_answers_as_one_by_one(layers):
     assert answer_batch(vlm, [], max_new_tokens=7, batch_size=2) == []
 
 
+@pytest.mark.parametrize("said_by", ["config", "tokenizer"])
+def test_a_batch_stops_where_one_answer_does(said_by):
+    vlm = tiny.vlm()
+    inputs = prepare_inputs(vlm, [[]], [QUESTION], 1)
+    first = vlm.model(**inputs).logits[0, -1].argmax().item()
+    vlm.model.generation_config.eos_token_id = first if said_by == "config" else None
+    vlm.tokenizer.eos_token = vlm.tokenizer.convert_ids_to_tokens(first)
+    assert answer(vlm, [], QUESTION, max_new_tokens=9).n_new_tokens == 1
+    alone = answer(vlm, [], QUESTION, max_new_tokens=9).text
+    assert answer_batch(vlm, [sample(QUESTION)], max_new_tokens=9) == [alone]
+
+
 def test_prompts_follow_the_template_of_the_model():
     vlm = tiny.vlm()
     expected = "USER: <image>\n<image>\nhow many? ASSISTANT:"

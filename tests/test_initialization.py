@@ -1,5 +1,7 @@
 """convert: how mixers start, and what they start with; align."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -15,6 +17,7 @@ from workbench.steps.conversion import calibration, initialization
 from workbench.steps.conversion.alignment import align
 from workbench.steps.conversion.calibration import calibrate
 from workbench.steps.conversion.initialization import convert, default_calibration
+from workbench.steps.conversion.scores import score_layers
 from workbench.steps.conversion.selection import choose_layers
 from workbench.steps.quality.comparison import compare
 from workbench.steps.quality.fidelity import layer_fit, token_fidelity
@@ -105,6 +108,16 @@ def test_an_unknown_init_or_a_strange_plan_is_refused(teacher, student):
         convert(teacher, choose_layers(stack(32)))
     with pytest.raises(WorkbenchError, match="hybrid already"):
         convert(student, PLAN)
+
+
+def test_what_is_no_model_no_plan_or_no_scale_is_said(teacher):
+    for plan in ([0, 2], 0.5):
+        with pytest.raises(WorkbenchError, match=r"takes a plan: make one with wb\.choose_layers"):
+            convert(teacher, plan)
+    with pytest.raises(WorkbenchError, match=r"load it first, with wb\.load_teacher"):
+        convert("pocket", PLAN)
+    with pytest.raises(WorkbenchError, match="scale='attn' is none"):
+        convert(teacher, PLAN, init="matvlm", options={"scale": "attn"})
 
 
 def test_an_empty_plan_is_the_teacher_again(teacher):
@@ -316,6 +329,11 @@ def test_the_houses_own_calibration_is_the_same_each_time(teacher):
 def test_no_data_to_calibrate_with_is_said(teacher):
     with pytest.raises(WorkbenchError, match="the data set is empty"):
         convert(teacher, PLAN, init="calibrated", calibration=[])
+    with pytest.raises(WorkbenchError, match="no batch to calibrate with"):
+        convert(teacher, PLAN, init="calibrated", calibration=iter([]))
+    for name in ("pocket", Path("pocket")):
+        with pytest.raises(WorkbenchError, match=r"load it first, with wb\.load_data\('pocket'\)"):
+            convert(teacher, PLAN, init="calibrated", calibration=name)
 
 
 def test_mixers_of_a_hybrid_serve_every_smaller_plan(teacher):
@@ -338,6 +356,20 @@ def test_mixers_of_a_hybrid_serve_every_smaller_plan(teacher):
     )
     with pytest.raises(WorkbenchError, match="tiny-50 has no mixer for layer 0: align a hybrid"):
         convert(teacher, PLAN, init=taken)
+    with pytest.raises(WorkbenchError, match="donor have options already"):
+        convert(teacher, PLAN, init=donor, options={"d_conv": 2})
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 64}, {"intermediate_size": 44}])
+def test_a_hybrid_of_another_teacher_is_no_donor(sizes, teacher, llama):
+    other = VLM("other", tiny.llava(**sizes), teacher.processor)
+    donor = convert(other, EVERY, init="matvlm", name="donor")
+    for wrong in (teacher, llama):
+        with pytest.raises(WorkbenchError, match=f"donor is no hybrid of {wrong.name}"):
+            convert(wrong, PLAN, init=donor)
+        data = samples(1) if wrong is teacher else ["which bar"]
+        with pytest.raises(WorkbenchError, match=f"donor is no hybrid of {wrong.name}"):
+            score_layers(wrong, donor=donor, data=data)
 
 
 def test_aligned_mixers_stand_nearer_to_their_attention(teacher):

@@ -383,6 +383,11 @@ def test_steps_and_rates_scale_a_recipe():
         ({"kl_weight": 1, "temperature": 0}, "temperature=0 is no temperature"),
         ({"kl_weight": 1, "lr": -1}, "lr=-1 is no learning rate"),
         ({"kl_weight": 1, "steps": 0}, "steps=0 trains nothing"),
+        ({"kl_weight": 1, "steps": "10"}, "steps='10': it must be of kind int"),
+        ({"kl_weight": 1, "steps": 2.0}, "steps=2.0: it must be of kind int"),
+        ({"kl_weight": 1, "lr": "1e-4"}, "lr='1e-4': it must be of kind float"),
+        ({"kl_weight": True}, "kl_weight=True: it must be of kind float"),
+        ({"kl_weight": 1, "trains": ["all"]}, "it must be of kind str"),
     ],
 )
 def test_a_stage_that_cannot_be_is_refused(options, words):
@@ -395,3 +400,5 @@ def test_a_stage_read_from_a_file_knows_its_keys():
         stage_from_dict({"name": "s", "steps": 1, "weight": 2})
     with pytest.raises(WorkbenchError, match="A stage needs steps"):
         stage_from_dict({"name": "s"})
+    with pytest.raises(WorkbenchError, match="an object with keys, not 5"):
+        stage_from_dict(5)

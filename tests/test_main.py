@@ -10,6 +10,7 @@ import pytest
 import tiny
 from trainees import same, samples, tensors
 
+from workbench import __main__ as command
 from workbench.__main__ import main
 from workbench.errors import WorkbenchError
 from workbench.models.hybrid import mixers
@@ -57,7 +58,7 @@ def written(tmp_path, settings, name="settings.json"):
     return str(path)
 
 
-def test_a_run_from_a_file_ends_in_a_model_that_loads(tmp_path, settings, capsys):
+def test_a_run_from_a_file_ends_in_a_model_that_loads(tmp_path, settings, capsys, monkeypatch):
     assert main(["distill", written(tmp_path, settings)]) == 0
     said = capsys.readouterr().out
     assert "step 1 (align): layer loss" in said
@@ -70,9 +71,10 @@ def test_a_run_from_a_file_ends_in_a_model_that_loads(tmp_path, settings, capsys
     assert "holds a run already" in capsys.readouterr().err
     assert main(["distill", written(tmp_path, settings), "--resume"]) == 0
     talk = settings["data"]
-    model, scores = str(tmp_path / "run" / "model"), str(tmp_path / "scores.json")
-    command = ["evaluate", model, talk["name"], "--images", talk["images"]]
-    assert main([*command, "--limit", "3", "--device", "cpu", "--json", scores]) == 0
+    model, scores = str(tmp_path / "run" / "model"), "~/scores.json"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = ["evaluate", model, talk["name"], "--images", talk["images"]]
+    assert main([*asked, "--limit", "3", "--device", "cpu", "--json", scores]) == 0
     assert json.loads((tmp_path / "scores.json").read_text())["n"] == 3
     assert "model on talk.json" in capsys.readouterr().out
 
@@ -168,10 +170,18 @@ def test_a_run_that_is_asked_to_end_goes_on_later(tmp_path, settings, monkeypatc
         ({"data": {"nam": "x"}}, "has 'nam', which means nothing here; there are name, split"),
         ({"steps": "many"}, "steps in .* is 'many': it must be of kind int"),
         ({"steps": True}, "steps in .* is True"),
-        ({"ratio": 0.5}, "have layers and a ratio: keep one"),
+        ({"ratio": 0.5}, "give layers=.* and neither a ratio nor another method"),
+        ({"method": "greedy"}, "give layers=.* and neither a ratio nor another method"),
         ({"recipe": "matvlm", "stages": []}, "have a recipe and stages: keep one"),
         ({"student": "x"}, "have a student and layers: a student has its layers already"),
         ({"stages": [{"name": "s", "step": 1}]}, "A stage has no 'step'"),
+        ({"stages": [5]}, "A stage is an object with keys, not 5"),
+        ({"stages": [{"name": "s", "steps": "10"}]}, "steps='10': it must be of kind int"),
+        ({"layers": ["a"]}, "a list of whole numbers, such as .*, not .'a'"),
+        ({"layers": [[0]]}, "a list of whole numbers"),
+        ({"layers": [0.7]}, "a list of whole numbers"),
+        ({"data": {"images": "pics"}}, "data in the settings needs a name"),
+        ({"data": {"split": "train"}}, "data in the settings needs a name"),
         ({"teacher": "nobody"}, "no model or folder called 'nobody'"),
         ({"layers": [0, 9]}, "names layer 9, but the model has 4 layers"),
         ({"data": "nothing"}, "no data set named 'nothing'"),
@@ -180,6 +190,45 @@ def test_a_run_that_is_asked_to_end_goes_on_later(tmp_path, settings, monkeypatc
 def test_what_is_wrong_in_a_file_is_said_in_a_sentence(tmp_path, settings, change, words):
     with pytest.raises(WorkbenchError, match=words):
         distill_from(read_settings(written(tmp_path, settings | change)))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"folder": "."}, "holds a run already"),
+        ({"method": "gredy"}, "no selection method 'gredy'"),
+        ({"method": "explicit"}, "Layers named by hand go with"),
+        ({"ratio": 50}, "ratio=50 is not a share of layers"),
+        ({"ratio": 0.0}, "leave no layer to train"),
+        ({"lr": -1.0}, "lr=-1.0 is no learning rate"),
+        ({"steps": 0}, "steps=0 trains nothing"),
+        ({"recipe": "paper"}, "no recipe 'paper'"),
+        ({"save_every": 0}, "save_every=0 trains nothing"),
+        ({"track": "paper"}, "choose tensorboard or trackio"),
+    ],
+)
+def test_what_can_be_checked_is_checked_before_an_alignment(
+    tmp_path, settings, change, words, monkeypatch
+):
+    def aligned(*_, **__):
+        raise AssertionError("aligned first")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(headless, "align", aligned)
+    (tmp_path / "step-00000004").mkdir()
+    (tmp_path / "step-00000004" / "state.json").write_text("{}")
+    del settings["layers"]
+    with pytest.raises(WorkbenchError, match=words):
+        distill_from(settings | {"align": 2, "method": "greedy"} | change)
+
+
+@pytest.mark.parametrize("target", ["no/such/x.json", "~/none/x.json", "."])
+def test_where_scores_go_is_known_before_any_question(tmp_path, target, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(command, "evaluate", None)
+    assert main(["evaluate", "pocket", "pocket", "--json", target]) == 2
+    assert "name a file in a folder that is there" in capsys.readouterr().err
 
 
 def test_files_that_are_no_settings_are_refused(tmp_path, settings, capsys):

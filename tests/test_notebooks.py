@@ -146,6 +146,13 @@ def solved(lesson: Path) -> list[nbformat.NotebookNode]:
     return [cells[i + more] for i in places for more in (0, 1)]
 
 
+@each_lesson
+def test_lesson_imports_the_workbench_before_torch(lesson):
+    lines = lesson.read_text().splitlines()  # OpenMP is told how to wait before it is loaded
+    first = [line for line in lines if line.startswith(("import workbench", "import torch"))][0]
+    assert first.startswith("import workbench")
+
+
 @pytest.mark.slow
 @each_lesson
 def test_lesson_runs_offline_first_open_then_solved(lesson, capsys, monkeypatch):

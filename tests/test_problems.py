@@ -283,3 +283,12 @@ def test_a_folder_without_its_tokenizer_is_refused(folder):
     for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json"):
         (folder / name).unlink()
     told(folder, "cannot be loaded")
+
+
+def test_a_library_that_a_processor_needs_is_named(folder, monkeypatch):
+    def refuse(*args, **options):
+        raise ImportError("\nVideoProcessor requires the Torchvision library but it was not found.")
+
+    monkeypatch.setattr("workbench.models.sources.loading.AutoProcessor.from_pretrained", refuse)
+    with pytest.raises(WorkbenchError, match="the library Torchvision, .* pip install torchvision"):
+        load_teacher(folder)

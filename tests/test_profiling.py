@@ -13,6 +13,7 @@ from trainees import PLAN, samples
 from workbench.errors import WorkbenchError
 from workbench.models import generation
 from workbench.models.engine import Engine, engine, fastest_mode
+from workbench.models.teacher import VLM
 from workbench.steps.conversion.initialization import convert
 from workbench.steps.efficiency import profiling
 from workbench.steps.efficiency.bounds import Idle, amdahl, sizes
@@ -222,8 +223,14 @@ def test_what_cannot_be_profiled_is_said_in_a_sentence(teacher):
         profile([teacher], [])
     with pytest.raises(WorkbenchError, match="samples or lengths"):
         profile([teacher], samples(1), lengths=[8])
-    with pytest.raises(WorkbenchError, match="must be at least 1"):
-        profile([teacher], lengths=[0])
+    for lengths in ([0], [], 8, [8.5], ["8"]):
+        with pytest.raises(WorkbenchError, match="lengths must be a list of whole numbers of at"):
+            profile([teacher], lengths=lengths)
+    for batch_sizes in ([0], [], 4):
+        with pytest.raises(WorkbenchError, match="batch_sizes must be a list of whole numbers"):
+            profile([teacher], lengths=[8], batch_sizes=batch_sizes)
+    with pytest.raises(WorkbenchError, match="Only random words have batch sizes: give lengths"):
+        profile([teacher], batch_sizes=(4,))
     with pytest.raises(WorkbenchError, match="max_new_tokens must be at least 2"):
         profile([teacher], samples(1), max_new_tokens=1)
 
@@ -232,6 +239,18 @@ def test_the_profile_asks_for_a_description_and_for_several_pictures_by_itself()
     one, many = profiling._default_samples()
     assert one.family == "describe"
     assert len(many.images) == 4
+
+
+def test_models_that_read_text_only_are_asked_random_words_by_themselves(teacher, monkeypatch):
+    reader = VLM("reader", tiny.language_model("llama"), tiny.tokenizer())
+    short = {"repeats": 1, "max_new_tokens": 3}
+    for models in ([reader], [teacher, reader]):
+        rows = profile(models, **short).rows
+        assert [row.n_prompt_tokens for row in rows] == [256 - 3] * len(models)
+        assert not any(row.note for row in rows)
+    monkeypatch.setattr(profiling, "_WORDS", (8, 16))
+    rows = profile([reader], batch_sizes=[2], **short).rows
+    assert [(row.n_prompt_tokens, row.batch_size) for row in rows] == [(8, 2), (16, 2)]
 
 
 def test_an_engine_whose_attention_idles_can_stand_behind_a_prompt():

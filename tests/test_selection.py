@@ -63,8 +63,8 @@ def test_a_quarter_is_chosen_where_nothing_is_said():
 
 
 def test_ratios_and_methods_that_do_not_exist_are_refused():
-    for ratio in (-0.1, 1.01, math.nan):
-        with pytest.raises(WorkbenchError, match=f"ratio={ratio} is not a share of layers"):
+    for ratio in (-0.1, 1.01, math.nan, "0.5"):
+        with pytest.raises(WorkbenchError, match=f"ratio={ratio!r} is not a share of layers"):
             choose_layers(stack(16), ratio=ratio)
     with pytest.raises(WorkbenchError, match=r"ratio=0.03 of 16 layers rounds to none.* 0.0625"):
         choose_layers(stack(16), ratio=0.03)
@@ -87,6 +87,9 @@ def test_layers_named_by_hand_are_taken_as_they_are():
             choose_layers(stack(16), **wrong)
     with pytest.raises(WorkbenchError, match="names layer 16, but the model has 16 layers"):
         choose_layers(stack(16), layers=[16])
+    for wrong in (2, [0.7], ["a"], [[0]]):
+        with pytest.raises(WorkbenchError, match="a list of whole numbers, such as"):
+            choose_layers(stack(16), layers=wrong)
 
 
 @pytest.mark.parametrize("method", ["kl", "skip-one", "leave-one-in", "greedy", "beam"])
@@ -202,6 +205,15 @@ def test_greedy_minds_what_layers_cost_together():
     chosen, kl = greedy(Landscape(), 2)
     assert chosen == (0, 2)
     assert kl == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "greedy"}, {"method": "explicit", "layers": [0]}], ids=str
+)
+def test_scores_that_a_method_has_no_use_for_are_refused(options):
+    scores = Scores("replace-one", Landscape.alone, "nats per answer token", "x", 1, 0.0)
+    with pytest.raises(WorkbenchError, match="4 layers by 'replace-one', but 4 layers by"):
+        choose_layers(stack(4), scores=scores, **options)
 
 
 def test_a_beam_finds_what_greedy_misses():

@@ -110,3 +110,16 @@ def test_what_cannot_be_loaded_or_saved_is_said_in_a_sentence(tmp_path):
         load(tmp_path, device="abacus")
     with pytest.raises(WorkbenchError, match="is a file"):
         save(tiny.vlm(), tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])
+def test_a_dtype_may_be_named(name, tmp_path):
+    save(tiny.vlm(), tmp_path)
+    assert load_teacher(tmp_path, dtype=name).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [None, "auto", "bf16", "nn", 16, torch.int8])
+def test_what_is_no_dtype_is_said(dtype):
+    for verb in (load, load_teacher):
+        with pytest.raises(WorkbenchError, match=r"dtype=.* is no type of weights: choose torch\."):
+            verb("pocket", dtype=dtype)

@@ -71,12 +71,30 @@ def test_documents_are_read_from_files_and_folders(tmp_path):
         ("a.jsonl", b"{torn", "Document 1 of .* is neither"),
         ("a.jsonl", b'"good"\n{"no": "text"}', "Document 2 of .* is neither"),
         ("a.jsonl", b'{"text": "good"}\n[1]', "Document 2 of .* is neither"),
+        ("a.jsonl", b'{"text": null}', "Document 1 of .* is neither"),
+        ("a.jsonl", b'"good"\n{"text": 5}', "Document 2 of .* is neither"),
     ],
 )
 def test_what_is_no_text_is_said(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(wb.WorkbenchError, match=said):
         wb.load_data(str(tmp_path / name))
+
+
+def test_a_string_of_jsonl_may_hold_line_ends_of_unicode(tmp_path):
+    texts = ["one\u2028two", "three\u0085four", "five"]
+    rows = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "a.jsonl").write_bytes(rows.encode())
+    assert [document.text for document in load_texts(tmp_path / "a.jsonl")] == texts
+
+
+def test_a_kind_that_is_none_is_the_name_of_the_file(tmp_path):
+    rows = [{"text": "which bar", "kind": None}, {"text": "how many", "kind": 3}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    texts = load_texts(tmp_path / "a.jsonl")
+    assert texts.kinds == ("a", "3")
+    assert "of a, 3" in str(texts)
+    assert "3 " in str(wb.perplexity(language_vlm(), texts, context=8))
 
 
 def test_a_missing_file_is_said(tmp_path):
@@ -95,6 +113,16 @@ def test_documents_end_with_the_end_token(tokenizer):
     assert tokens.ids[tokens.starts[1] - 1] == tokenizer.eos_token_id
     assert tokenizer.decode(tokens.ids[: tokens.starts[1] - 1]) == "the bar"
     assert tokens.lengths.sum() == len(tokens.ids)
+
+
+def test_without_an_end_token_none_is_added():
+    made = tiny.tokenizer()
+    made.eos_token, made.chat_template = None, CHAT
+    assert made.decode(encode_documents(made, ["the bar", "two"]).ids) == "the bartwo"
+    chat = encode_chats(made, [("which bar", "the tallest")])
+    assert made.decode(chat.ids[chat.is_answer]) == "the tallest"
+    with pytest.raises(wb.WorkbenchError, match="no text to encode"):
+        encode_documents(made, [""])
 
 
 def test_of_a_chat_only_the_answer_is_learnt(tokenizer):
@@ -176,6 +204,15 @@ def test_a_language_model_is_distilled_on_text(tmp_path):
     assert run.rows[-1].kl_nats < run.rows[0].kl_nats
 
 
+def test_plain_strings_are_texts_to_every_verb():
+    teacher, strings = language_vlm(), ["which colour is the tallest bar " * 9, "how many"]
+    student = wb.convert(teacher, wb.Plan(4, (0, 2)), calibration=strings)
+    for data in (strings, [Document(text) for text in strings]):
+        run = wb.distill(student, teacher, data, steps=1, batch_size=2)
+        assert run.n_tokens > 50
+        assert wb.compare(teacher, student, data).fidelity.n_tokens > 50
+
+
 # Perplexity
 
 
@@ -238,3 +275,6 @@ def test_what_cannot_be_scored_is_said():
         wb.perplexity(vlm, ["", "t"], context=8)
     with pytest.raises(wb.WorkbenchError, match="batch_size"):
         wb.perplexity(vlm, ["the bar"], context=8, batch_size=0)
+    for data in (wb.load_data("pocket", limit=8), ["the bar", None]):
+        with pytest.raises(wb.WorkbenchError, match="must be a string .*, not (Sample|NoneType)"):
+            wb.perplexity(vlm, data, context=8)

@@ -57,14 +57,17 @@ def _distill(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    target = Path(args.json).expanduser() if args.json else None
+    if target and (target.is_dir() or not target.parent.is_dir()):  # said before hours of asking
+        raise WorkbenchError(f"{target} cannot be written: name a file in a folder that is there.")
     data = load_data(
         args.data, split=args.split, limit=args.limit, seed=args.seed, images=args.images
     )
     vlm = load(args.name, device=args.device)
     found = evaluate(vlm, data, batch_size=args.batch_size)
     print(found)
-    if args.json:
-        Path(args.json).write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+    if target:
+        target.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
     return 0
 
 

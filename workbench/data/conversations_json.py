@@ -30,18 +30,25 @@ class Conversations(Dataset):
     """Conversations whose pictures are opened when they are asked for.
 
     What is wrong with the file's text, or is missing from the folder, is left out at once. A
-    picture that turns out broken is left out when it is met: the next sample takes its place.
+    picture that turns out broken is left out when it is met: a slice is shorter, and where one
+    sample is asked for, the next takes its place.
     `skipped` names them all.
     """
 
     def __init__(self, name: str, records: list[dict], folder: Path, limit: int | None = None):
         self.folder, self.skipped = folder, []
-        self._broken: set[int] = set()
+        self.broken: set[int] = set()  # places of which a picture turned out broken
         self._records = self._whole(records, len(records) if limit is None else limit)
         super().__init__(name, ("conversation",), self._sample, len(self._records))
 
     def __str__(self) -> str:
         return f"{super().__str__()}\n{self.report()}"
+
+    def __getitem__(self, index):
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        found = map(self._read, range(*index.indices(len(self))))
+        return [sample for sample in found if sample is not None]
 
     def report(self) -> str:
         """What was skipped, in a few lines."""
@@ -73,20 +80,25 @@ class Conversations(Dataset):
 
     def _sample(self, index: int) -> Sample:
         for step in range(len(self._records)):
-            place = (index + step) % len(self._records)
-            if place in self._broken:
-                continue
-            record = self._records[place]
-            try:
-                images = tuple(map(_opened, record["paths"]))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                self._broken.add(place)
-                reason = f"a picture is broken: {' '.join(str(error).split())[:200]}"
-                self.skipped.append(Skipped(record["id"], reason))
-                continue
-            (question, answer), *more = record["turns"]
-            return Sample(images, question, answer, "conversation", more=tuple(more))
+            sample = self._read((index + step) % len(self._records))
+            if sample is not None:
+                return sample
         raise WorkbenchError(f"{self.name} has no sample that can be read.\n{self.report()}")
+
+    def _read(self, place: int) -> Sample | None:
+        """The sample of one record, or None if a picture of it is broken, which is noted once."""
+        if place in self.broken:
+            return None
+        record = self._records[place]
+        try:
+            images = tuple(map(_opened, record["paths"]))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            self.broken.add(place)
+            reason = f"a picture is broken: {' '.join(str(error).split())[:200]}"
+            self.skipped.append(Skipped(record["id"], reason))
+            return None
+        (question, answer), *more = record["turns"]
+        return Sample(images, question, answer, "conversation", more=tuple(more))
 
 
 def load_conversations(

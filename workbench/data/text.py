@@ -30,14 +30,15 @@ class Document:
 
 
 class Texts(Sequence[Document]):
-    """Documents from files or strings; `distill` trains on them and `perplexity` reads them."""
+    """Documents from files or strings; `distill` trains on them and `perplexity` reads them.
+
+    Raises:
+        WorkbenchError: what is given is neither, such as samples.
+    """
 
     def __init__(self, name: str, documents: Iterable[Document | str], *, context: int = 1024):
         self.name, self.context = name, context
-        self._documents = tuple(
-            document if isinstance(document, Document) else Document(document)
-            for document in documents
-        )
+        self._documents = tuple(map(_as_document, documents))
 
     def __len__(self) -> int:
         return len(self._documents)
@@ -63,12 +64,22 @@ class Texts(Sequence[Document]):
         return f"{self.name}: {len(self):,} documents, {n:,} characters of {', '.join(self.kinds)}"
 
 
+def _as_document(given: Document | str) -> Document:
+    document = given if isinstance(given, Document) else Document(given)
+    if not isinstance(document.text, str):
+        raise WorkbenchError(
+            f"A text must be a string or a Document, not {type(document.text).__name__}: "
+            "samples are for wb.evaluate and wb.compare."
+        )
+    return document
+
+
 def load_texts(path: str | Path, *, limit: int | None = None) -> Texts:
     """Read documents from a file, or from every .txt and .jsonl file of a folder and those in it.
 
     Args:
         path: .txt is one document, whose kind is the name of its folder; each line of .jsonl is
-            one: a string, or an object with "text" and perhaps "kind".
+            one: a string, or an object with "text" and perhaps "kind"; else the kind is its name.
         limit: at most this many documents.
 
     Raises:
@@ -94,12 +105,15 @@ def _documents(file: Path) -> Iterator[Document]:
     if file.suffix != ".jsonl":
         yield Document(text, file.resolve().parent.name)
         return
-    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
+    # Not splitlines: a JSON string may hold U+2028 and others of its line ends as they are.
+    for number, line in enumerate(filter(str.strip, text.split("\n")), 1):
         try:
             row = json.loads(line)
             row = {"text": row} if isinstance(row, str) else row
-            yield Document(row["text"], row.get("kind", file.stem))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            kind = row.get("kind")
+            document = Document(row["text"], file.stem if kind is None else str(kind))
+            yield _as_document(document)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, WorkbenchError):
             raise WorkbenchError(
                 f"Document {number} of {file} is neither a JSON string nor an object with 'text'."
             ) from None
@@ -120,8 +134,8 @@ class TokenIds:
 
 
 def encode_documents(tokenizer: object, texts: Sequence[str]) -> TokenIds:
-    """Encode each document and end it with the end-of-sequence token."""
-    rows = [[*plain_ids(tokenizer, text), tokenizer.eos_token_id] for text in texts]
+    """Encode each document and end it with the end-of-sequence token, where there is one."""
+    rows = [plain_ids(tokenizer, text) + _end(tokenizer) for text in texts]
     return _joined(rows)
 
 
@@ -136,7 +150,7 @@ def encode_chats(tokenizer: object, chats: Sequence[tuple[str, str]]) -> TokenId
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
         )
         prompt = plain_ids(tokenizer, asked)
-        answer = [*plain_ids(tokenizer, reply), tokenizer.eos_token_id]
+        answer = plain_ids(tokenizer, reply) + _end(tokenizer)
         rows.append(prompt + answer)
         learnt += [False] * len(prompt) + [True] * len(answer)
     tokens = _joined(rows)
@@ -164,8 +178,12 @@ def plain_ids(tokenizer: object, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def _end(tokenizer: object) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
 def _joined(rows: list[list[int]]) -> TokenIds:
-    if not rows:
+    if not any(rows):
         raise WorkbenchError("There is no text to encode.")
     ends = np.cumsum([len(row) for row in rows])
     ids = np.concatenate([np.asarray(row, np.int64) for row in rows])

@@ -159,6 +159,7 @@ def answer_batch(
                     do_sample=False,
                     num_beams=1,
                     max_new_tokens=n_most,
+                    eos_token_id=sorted(end_tokens(vlm)) or None,
                     pad_token_id=vlm.tokenizer.pad_token_id,
                 )
             new = tokens[:, n_prompt:].tolist()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 from workbench.errors import WorkbenchError
@@ -18,7 +19,7 @@ class Plan:
         reason: why these, in a sentence.
 
     Raises:
-        WorkbenchError: an index is out of range or stands there twice.
+        WorkbenchError: an index is no whole number, is out of range or stands there twice.
     """
 
     n_layers: int
@@ -27,7 +28,13 @@ class Plan:
     reason: str = "The layers were named by hand."
 
     def __post_init__(self) -> None:
-        layers = tuple(sorted(int(i) for i in self.mamba_layers))
+        try:
+            layers = tuple(sorted(index(i) for i in self.mamba_layers))
+        except TypeError:
+            raise WorkbenchError(
+                "The layers of a plan are a list of whole numbers, such as [0, 2], not "
+                f"{self.mamba_layers!r}."
+            ) from None
         object.__setattr__(self, "mamba_layers", layers)
         outside = [i for i in layers if not 0 <= i < self.n_layers]
         if outside:

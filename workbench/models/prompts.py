@@ -77,15 +77,11 @@ def prepare_inputs(
         build_prompt(vlm, len(some), question)
         for some, question in zip(images, questions, strict=True)
     ]
-    if vlm.tokenizer.pad_token is None:
-        vlm.tokenizer.pad_token = vlm.tokenizer.eos_token
-    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-    if any(images):
-        options["images"] = images
+    options = {"padding_side": "left"}
     bos = vlm.tokenizer.bos_token
     if bos and prompts[0].startswith(bos):  # the template wrote it: the tokenizer must not again
         options["add_special_tokens"] = False
-    inputs = what_it_reads(vlm, vlm.processor(text=prompts, **options))
+    inputs = what_it_reads(vlm, processed(vlm, images, text=prompts, **options))
     limit, length = position_limit(vlm), inputs["input_ids"].shape[1]
     if length >= limit:
         raise WorkbenchError(
@@ -96,6 +92,36 @@ def prepare_inputs(
         name: t.to(vlm.model.device, vlm.model.dtype if t.is_floating_point() else None)
         for name, t in inputs.items()
     }
+
+
+def processed(
+    vlm: VLM, images: Sequence[Sequence[Image.Image]], **given: object
+) -> Mapping[str, Tensor]:
+    """What the processor makes of one padded batch.
+
+    Args:
+        vlm: whose processor it is.
+        images: for each text, its pictures.
+        given: what else the processor takes, `text` first of all.
+
+    Raises:
+        WorkbenchError: a text has no picture, and the processor insists on one.
+    """
+    if reads_a_suffix(vlm) and not all(images):
+        raise WorkbenchError(f"{vlm.name} reads no question without a picture: give one with each.")
+    tokenizer = vlm.tokenizer
+    if tokenizer.pad_token is None:  # masks hide padding: any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    pictures = {"images": images} if any(images) else {}
+    return vlm.processor(**given, **pictures, padding=True, return_tensors="pt")
+
+
+def reads_a_suffix(vlm: VLM) -> bool:
+    """Whether the processor wants what follows the question apart, as PaliGemma's does.
+
+    All of its question sees itself: an answer that stood in the text would be seen beforehand.
+    """
+    return "suffix" in inspect.signature(type(vlm.processor).__call__).parameters
 
 
 def what_it_reads(vlm: VLM, made: Mapping[str, Tensor]) -> dict[str, Tensor]:

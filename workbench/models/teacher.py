@@ -54,7 +54,7 @@ def load_teacher(
     name_or_path: str | Path,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device_map: DeviceMap = None,
     trust_remote_code: bool = False,
 ) -> VLM:
@@ -66,7 +66,8 @@ def load_teacher(
             authors' TinyLLaVA-Phi-2-SigLIP-3.1B; or a Hugging Face id such as
             "llava-hf/llava-1.5-7b-hf".
         device: where the weights go; the CPU if neither it nor device_map is given.
-        dtype: of the weights; stored weights of another dtype are converted.
+        dtype: of the weights, or its name, such as "bfloat16"; stored weights of another dtype are
+            converted.
         device_map: in place of device, spreads the weights as accelerate does: "auto", or a dict
             from module to device.
         trust_remote_code: run the Python files that come with the model.
@@ -93,7 +94,7 @@ def load(
     name_or_path: str | Path,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device_map: DeviceMap = None,
     trust_remote_code: bool = False,
 ) -> VLM:
@@ -104,14 +105,15 @@ def load(
             "pocket-100", "smollm2-135m-12.5", "-25", "-50", or the folder of a hybrid, the authors'
             MaTVLM_0_25_Mamba2 among them.
         device: where the weights go; the CPU if neither it nor device_map is given.
-        dtype: of the weights.
+        dtype: as for `load_teacher`.
         device_map: as for `load_teacher`.
         trust_remote_code: as for `load_teacher`.
 
     Raises:
-        WorkbenchError: there is no such model, its files are incomplete, damaged or of a form that
-            is not read, or it does not fit into memory.
+        WorkbenchError: there is no such model, device or dtype, its files are incomplete, damaged
+            or of a form that is not read, or it does not fit into memory.
     """
+    dtype = _checked_dtype(dtype)
     if device is not None and device_map is not None:
         raise WorkbenchError("Pass device or device_map, not both: each says where the weights go.")
     name, place = str(name_or_path), _checked_device("cpu" if device is None else device)
@@ -199,6 +201,16 @@ BUILT_IN: dict[str, Callable[[str, torch.device, torch.dtype], VLM]] = {
     **dict.fromkeys(POCKET_HYBRIDS, _load_pocket),
     **dict.fromkeys((smollm2.TEACHER, *smollm2.HYBRIDS), _load_smollm2),
 }
+
+
+def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise WorkbenchError(
+            f"dtype={dtype!r} is no type of weights: choose torch.float32, torch.bfloat16 or "
+            "torch.float16, or the name of one."
+        )
+    return found
 
 
 def _checked_device(device: str | torch.device) -> torch.device:

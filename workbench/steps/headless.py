@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from workbench.data import load_data
 from workbench.errors import WorkbenchError
-from workbench.models.families import decoder_layers
 from workbench.models.plan import Plan
 from workbench.models.teacher import VLM, load, load_teacher, save
 from workbench.steps.conversion.alignment import align
 from workbench.steps.conversion.initialization import convert
 from workbench.steps.conversion.selection import choose_layers
-from workbench.steps.training.checkpoints import layers_of
+from workbench.steps.training.checkpoints import Checkpoints, layers_of
 from workbench.steps.training.distillation import distill
+from workbench.steps.training.loop import Options
 from workbench.steps.training.parallel import Processes, own_device
 from workbench.steps.training.runs import Run, StepRow
-from workbench.steps.training.stages import stage_from_dict
+from workbench.steps.training.stages import plan_stages, stage_from_dict
 from workbench.steps.training.trackers import track
 
 # What a file of settings may say, and of what kind it is; `distill` says what most of it means.
@@ -86,21 +86,23 @@ def distill_from(
     missing = [name for name in ("teacher", "data", "folder") if name not in settings]
     if missing:
         raise WorkbenchError(f"The settings need {' and '.join(missing)}.")
+    data = settings["data"]
+    data = {"name": data} if isinstance(data, str) else data
+    if "name" not in data:
+        raise WorkbenchError("The data in the settings needs a name: 'pocket', or a file.")
     given = {name: settings[name] for name in TRAINING if name in settings}
     if "stages" in settings:
         if "recipe" in settings:
             raise WorkbenchError("The settings have a recipe and stages: keep one of them.")
         given["recipe"] = [stage_from_dict(values) for values in settings["stages"]]
+    _check_ahead(given)
     device = settings.get("device", own_device())
     teacher = load_teacher(settings["teacher"], device=device)
-    data = settings["data"]
-    if isinstance(data, str):
-        data = {"name": data}
     samples = load_data(**{"split": "train"} | data)
-    student = _student(settings, teacher, samples, device, stop)
     watchers = [on_step] if on_step else []
     if "track" in settings and Processes().rank == 0:
         watchers.append(track(settings["track"], Path(settings["folder"]).expanduser()))
+    student = _student(settings, teacher, samples, device, stop)
     run = distill(
         student, teacher, samples, stop=stop, progress=progress, **given,
         on_step=(lambda row: [watch(row) for watch in watchers]) if watchers else None,
@@ -108,6 +110,15 @@ def distill_from(
     if not run.stopped and Processes().rank == 0:
         save(student, Path(settings["folder"]).expanduser() / MODEL)
     return run
+
+
+def _check_ahead(given: Mapping[str, Any]) -> None:
+    """Refuse at once what `distill` would refuse only after an alignment or a search."""
+    plan_stages(given.get("recipe", "workbench"), given.get("steps"), given.get("lr"))
+    Options(**{field.name: given.get(field.name, 1) for field in fields(Options)})
+    store = Checkpoints(given["folder"], {}, writes=False)
+    if not given.get("resume"):
+        store.open(resume=False)
 
 
 def _student(
@@ -121,12 +132,9 @@ def _student(
                 f"The settings have a student and {chosen[0]}: a student has its layers already."
             )
         return load(settings["student"], device=device)
-    n_layers, plan, donor = len(decoder_layers(teacher.model)), None, None
-    if "layers" in settings:
-        if "ratio" in settings:
-            raise WorkbenchError("The settings have layers and a ratio: keep one of them.")
-        plan = Plan(n_layers, tuple(settings["layers"]))
-    begun = _begun(settings, teacher) if settings.get("resume") and _prepared(settings) else None
+    like, donor = _unmeasured(settings, teacher), None
+    plan = like if "layers" in settings else None
+    begun = _begun(settings, like) if settings.get("resume") and _prepared(settings) else None
     if begun:
         plan = plan or begun  # what has been trained is in the checkpoint
     elif "align" in settings:
@@ -142,19 +150,30 @@ def _prepared(settings: Mapping[str, Any]) -> bool:
     return "align" in settings or settings.get("method", "even") != "even"
 
 
-def _begun(settings: Mapping[str, Any], teacher: VLM) -> Plan | None:
+def _unmeasured(settings: Mapping[str, Any], teacher: VLM) -> Plan:
+    """The layers named by hand, or as many that nothing was measured for; refuses what is wrong."""
+    options = {name: settings[name] for name in ("ratio", "method", "layers") if name in settings}
+    if "layers" not in settings:
+        choose_layers(teacher, **options | {"ratio": 0})  # of none, no method measures anything
+        options.pop("method", None)
+    plan = choose_layers(teacher, **options)
+    if not plan.mamba_layers:
+        raise WorkbenchError("The settings leave no layer to train: ask for at least one.")
+    return plan
+
+
+def _begun(settings: Mapping[str, Any], like: Plan) -> Plan | None:
     """The plan of the run that is there, which is neither aligned for nor searched again."""
     layers = Processes().first(layers_of(settings["folder"]))
     if layers is None:
         return None
-    even = choose_layers(teacher, ratio=settings.get("ratio"))
-    if "layers" not in settings and len(layers) != len(even.mamba_layers):
+    if "layers" not in settings and len(layers) != len(like.mamba_layers):
         raise WorkbenchError(
             f"{settings['folder']} holds a run with {len(layers)} Mamba-2 layers, and the ratio "
-            f"asks for {len(even.mamba_layers)}: name another folder, or keep the ratio."
+            f"asks for {len(like.mamba_layers)}: name another folder, or keep the ratio."
         )
     method = settings.get("method", "even")
-    return Plan(even.n_layers, layers, method, "as when the run was begun")
+    return Plan(like.n_layers, layers, method, "as when the run was begun")
 
 
 def _chosen(

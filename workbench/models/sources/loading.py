@@ -1,9 +1,11 @@
 """From a folder to a Hugging Face model and its processor, or to a sentence that says why not."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -170,7 +172,17 @@ def _explained(folder: Path, needed: int, request: Request) -> Iterator[None]:
             raise WorkbenchError(reason) from error
         if "trust_remote_code" in reason:
             raise WorkbenchError(_remote_code(folder)) from error
-        raise WorkbenchError(f"The model in {folder} cannot be loaded: {reason[:300]}") from error
+        if library := re.search(r"requires the (\S+) library", reason):
+            raise WorkbenchError(_package(folder, library[1])) from error
+        reason = shorten(reason, 300, placeholder=" ...")
+        raise WorkbenchError(f"The model in {folder} cannot be loaded: {reason}") from error
+
+
+def _package(folder: Path, name: str) -> str:
+    return (
+        f"The model in {folder} is read with the library {name}, which is not installed here: "
+        f"try pip install {name.lower()}."
+    )
 
 
 def _remote_code(folder: Path) -> str:

@@ -113,7 +113,7 @@ def convert(
         calibration: what `distill` takes, for "calibrated": 12 sequences of it, drawn by `seed`, or
             its first batch where it gives batches. None takes talks about the workbench's drawings,
             or for a language model its English texts.
-        options: of `MIXER_OPTIONS`, in place of the init's own.
+        options: of `MIXER_OPTIONS`, in place of the init's own; not with a given hybrid.
         seed: of the parameters that start at random.
         name: of the student; None names it after the teacher and the ratio: "pocket-25".
 
@@ -122,10 +122,16 @@ def convert(
 
     Raises:
         WorkbenchError: an unknown init, a plan that does not fit the teacher or the given hybrid,
-            or no data to calibrate with.
+            options beside a given hybrid, or no data to calibrate with.
     """
+    _check_taken(teacher, plan, options or {})
     name = name or f"{teacher.name}-{100 * plan.ratio:g}"
     if isinstance(init, VLM):
+        if options:
+            raise WorkbenchError(
+                f"The mixers of {init.name} have options already, and are copied as they are: "
+                "leave out options=."
+            )
         return _with_mixers_of(init, teacher, plan, name)
     if init not in INITS:
         raise WorkbenchError(f"There is no init {init!r}. Choose one of {', '.join(INITS)}.")
@@ -136,8 +142,39 @@ def convert(
     student = VLM(name, model, teacher.processor, plan)
     if how.calibrated and plan.mamba_layers:
         data = default_calibration(teacher) if calibration is None else calibration
-        calibrate(student, teacher, next(as_batches(student, data, batch_size=N_FITTED, seed=seed)))
+        batch = next(as_batches(student, data, batch_size=N_FITTED, seed=seed), None)
+        if batch is None:
+            raise WorkbenchError("There is no batch to calibrate with: calibration= gives none.")
+        calibrate(student, teacher, batch)
     return student
+
+
+def _check_taken(teacher: VLM, plan: Plan, options: dict) -> None:
+    if not isinstance(teacher, VLM):
+        raise WorkbenchError("convert takes a loaded model: load it first, with wb.load_teacher.")
+    if not isinstance(plan, Plan):
+        raise WorkbenchError(
+            "convert takes a plan: make one with wb.choose_layers, from a ratio or from layers."
+        )
+    scale = options.get("scale")
+    if isinstance(scale, str) and scale != "attention":
+        raise WorkbenchError(f"scale={scale!r} is none: give a number, None or 'attention'.")
+
+
+def check_donor(donor: VLM, teacher: VLM) -> None:
+    """Insist that a hybrid has its teacher's shapes, as far as both have the same parameters.
+
+    Raises:
+        WorkbenchError: it has not, or other parameters outside its mixers.
+    """
+    ours, theirs = (
+        {name: p.shape for name, p in vlm.model.named_parameters()} for vlm in (donor, teacher)
+    )
+    other = {name for name in ours.keys() ^ theirs.keys() if ".self_attn." not in name}
+    if other or any(ours[name] != theirs[name] for name in ours.keys() & theirs.keys()):
+        raise WorkbenchError(
+            f"{donor.name} is no hybrid of {teacher.name}: its layers are of another shape."
+        )
 
 
 def default_calibration(teacher: VLM) -> Sequence:
@@ -167,6 +204,7 @@ def _with_mixers_of(donor: VLM, teacher: VLM, plan: Plan, name: str) -> VLM:
         raise WorkbenchError(
             f"{donor.name} has no mixer for layer {missing[0]}: align a hybrid of all layers first."
         )
+    check_donor(donor, teacher)
     model = build_hybrid(teacher.model, plan, mixer_options_of(donor.model))
     for index, mixer in mixers(model).items():
         mixer.load_state_dict(given[index].state_dict())

@@ -13,6 +13,7 @@ from workbench.errors import WorkbenchError
 from workbench.models.families import decoder_layers
 from workbench.models.hybrid import mixers
 from workbench.models.teacher import VLM
+from workbench.steps.conversion.initialization import check_donor
 from workbench.steps.quality.fidelity import apart, finite_batches, hidden_states
 from workbench.steps.training.objective import places
 
@@ -31,12 +32,13 @@ class Probe:
         batch_size: sequences read at once.
 
     Raises:
-        WorkbenchError: no data, or none with an answer in it.
+        WorkbenchError: no data, or none with an answer in it; a donor that is no hybrid of it.
     """
 
     def __init__(
         self, teacher: VLM, donor: VLM, data: Iterable, *, limit: int | None, batch_size: int = 8
     ) -> None:
+        check_donor(donor, teacher)
         self.teacher, self.donor = teacher, donor
         self.mixers = mixers(donor.model)
         self.n_layers = len(decoder_layers(teacher.model))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from workbench.errors import WorkbenchError
 from workbench.models.families import check_family, decoder_layers
+from workbench.models.fingerprint import fingerprint
 from workbench.models.plan import Plan
 from workbench.models.teacher import VLM
 from workbench.steps.conversion.initialization import convert, default_calibration
@@ -167,12 +168,8 @@ def cache_folder() -> Path:
 
 def _place(probe: Probe, method: str) -> Path:
     """The file that scores of these weights, this data and this method are kept in."""
-    digest = hashlib.sha256(f"{VERSION}/{method}/{probe.n_layers}".encode())
-    for vlm in (probe.teacher, probe.donor):
-        for name, value in vlm.model.state_dict().items():
-            some = value.detach().flatten()[:: max(1, value.numel() // 64)]
-            digest.update(name.encode() + str(tuple(value.shape)).encode())
-            digest.update(some.float().cpu().numpy().tobytes())
+    models = fingerprint(probe.teacher.model, probe.donor.model)
+    digest = hashlib.sha256(f"{VERSION}/{method}/{probe.n_layers}/{models}".encode())
     for tensor in probe.what_was_read():
         digest.update(tensor.float().cpu().numpy().tobytes())
     return cache_folder() / f"{digest.hexdigest()[:32]}.json"

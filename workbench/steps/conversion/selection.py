@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 
 from workbench.errors import WorkbenchError
 from workbench.models.families import check_family, decoder_layers
@@ -76,6 +77,8 @@ def choose_layers(
         )
     check_family(teacher.model)
     n_layers = len(decoder_layers(teacher.model))
+    if scores is not None:
+        _check_scores(scores, n_layers, SAME_AS.get(method, method))
     if layers is not None or method == "explicit":
         return _explicit(n_layers, layers, ratio, method)
     n_mamba = _count(0.25 if ratio is None else ratio, n_layers)
@@ -96,7 +99,7 @@ def choose_layers(
         scores = score_layers(
             teacher, method=method, data=data, limit=limit, donor=donor, on_progress=on_progress
         )
-    return _lowest(scores, n_layers, n_mamba, SAME_AS.get(method, method))
+    return _lowest(scores, n_layers, n_mamba)
 
 
 def even_layers(n_layers: int, n_mamba: int) -> tuple[int, ...]:
@@ -107,9 +110,9 @@ def even_layers(n_layers: int, n_mamba: int) -> tuple[int, ...]:
 
 
 def _count(ratio: float, n_layers: int) -> int:
-    if not 0 <= ratio <= 1:
+    if not (isinstance(ratio, Real) and 0 <= ratio <= 1):
         raise WorkbenchError(
-            f"ratio={ratio} is not a share of layers: choose 0 to 1, such as 0.25."
+            f"ratio={ratio!r} is not a share of layers: choose 0 to 1, such as 0.25."
         )
     n_mamba = round(ratio * n_layers)
     if ratio > 0 and n_mamba == 0:
@@ -128,19 +131,22 @@ def _explicit(
             "Layers named by hand go with method='explicit' alone: give layers=[...] and neither "
             "a ratio nor another method."
         )
-    return Plan(n_layers, tuple(layers), "explicit", "the layers were named by hand")
+    return Plan(n_layers, layers, "explicit", "the layers were named by hand")
 
 
-def _lowest(scores: Scores, n_layers: int, n_mamba: int, method: str) -> Plan:
+def _check_scores(scores: Scores, n_layers: int, method: str) -> None:
     if len(scores.values) != n_layers or scores.method != method:
         raise WorkbenchError(
             f"These scores are of {len(scores.values)} layers by {scores.method!r}, but "
             f"{n_layers} layers by {method!r} are asked for."
         )
+
+
+def _lowest(scores: Scores, n_layers: int, n_mamba: int) -> Plan:
     chosen = scores.order[:n_mamba]
     low, high = (scores.values[i] for i in (chosen[0], chosen[-1]))
     reason = f"their attention is worth least, {low:.3g} to {high:.3g} {scores.unit}"
-    return Plan(n_layers, chosen, method, reason)
+    return Plan(n_layers, chosen, scores.method, reason)
 
 
 def _reason(n_layers: int, n_mamba: int) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from workbench.data import Sample, load_data
 from workbench.errors import WorkbenchError
 from workbench.models.engine import Engine, fastest_mode
 from workbench.models.generation import Peak, inference, wait
-from workbench.models.prompts import position_limit, prepare_inputs
+from workbench.models.prompts import position_limit, prepare_inputs, sees
 from workbench.models.teacher import VLM
 from workbench.steps.efficiency.bounds import Idle, idle_attention, out_of_memory, ratio, sizes
 from workbench.steps.efficiency.machine import about, machine
@@ -31,6 +32,7 @@ from workbench.steps.efficiency.rows import Profile, ProfileRow
 OUT_OF_MEMORY = "out of memory"
 WITHOUT_GRAPHS = "prompts without graphs"
 _TRACED_STEPS = 8
+_WORDS = (256, 1024)  # what a language model is asked by default
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ def profile(
 
     Args:
         models: teacher and hybrids, on one device.
-        samples: the questions; by default one long description and one prompt of several pictures.
+        samples: the questions; by default one long description and one prompt of several pictures,
+            or, if any model reads text only, prompts of 256 and 1,024 random words, or of as many
+            as its positions leave room for.
         lengths: instead of samples, prompts of so many random words, up to any length.
         batch_sizes: with lengths: so many prompts side by side.
         mode: of the engine, the same for all models; None: "graph" on a GPU, if all of them can be
@@ -82,13 +86,17 @@ def profile(
         A `Profile` with a row per model and prompt.
 
     Raises:
-        WorkbenchError: no model, no sample, or a number below its least.
+        WorkbenchError: no model, no sample, batch sizes that no lengths go with, or a number below
+            its least.
     """
     if isinstance(models, VLM) or not models or repeats < 1:
         raise WorkbenchError("profile needs a list of at least one model, and at least one repeat.")
     if max_new_tokens < 2:
         raise WorkbenchError(f"max_new_tokens must be at least 2, not {max_new_tokens}.")
     mode = mode or fastest_mode(models)
+    if samples is None and lengths is None and not all(sees(vlm) for vlm in models):
+        room = min(position_limit(vlm) for vlm in models) - max_new_tokens
+        lengths = sorted({max(1, min(length, room)) for length in _WORDS})
     prompts = _prompts(samples, lengths, batch_sizes)
     device = models[0].model.device
     rows: list[ProfileRow] = []
@@ -107,16 +115,29 @@ def profile(
 def _prompts(
     samples: Sequence[Sample] | None, lengths: Sequence[int] | None, batch_sizes: Sequence[int]
 ) -> list[_Prompt]:
+    batches = _counts("batch_sizes", batch_sizes)
     if lengths is None:
+        if batches != [1]:
+            raise WorkbenchError("Only random words have batch sizes: give lengths=[...], too.")
         chosen = list(samples) if samples is not None else _default_samples()
         if not chosen:
             raise WorkbenchError("profile needs at least one sample to ask.")
         return [_Prompt(1, None, sample) for sample in chosen]
     if samples is not None:
         raise WorkbenchError("profile takes samples or lengths, not both.")
-    if not lengths or min(*lengths, *batch_sizes, 1) < 1:
-        raise WorkbenchError("Lengths and batch sizes must be at least 1.")
-    return [_Prompt(batch, length) for length in lengths for batch in batch_sizes]
+    return [_Prompt(b, length) for length in _counts("lengths", lengths) for b in batches]
+
+
+def _counts(name: str, numbers: Sequence[int]) -> list[int]:
+    try:
+        counts = [index(n) for n in numbers]
+    except TypeError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise WorkbenchError(
+            f"{name} must be a list of whole numbers of at least 1, not {numbers!r}."
+        )
+    return counts
 
 
 def _measure(

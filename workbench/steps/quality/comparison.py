@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from workbench.data import Dataset, Sample, Texts, load_data
 from workbench.errors import WorkbenchError
 from workbench.models.teacher import VLM
 from workbench.steps.quality.evaluation import Evaluation, evaluate
 from workbench.steps.quality.fidelity import Fidelity, token_fidelity
+from workbench.steps.training.batches import checked_data
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Comparison:
 def compare(
     teacher: VLM,
     student: VLM,
-    data: str | Dataset | Texts | Sequence[Sample] = "pocket",
+    data: str | Path | Dataset | Texts | Sequence[Sample | str] = "pocket",
     *,
     split: str = "test",
     limit: int | None = None,
@@ -109,7 +111,8 @@ def compare(
     Args:
         teacher: one model.
         student: the other.
-        data: "pocket", "easy-vqa", samples of your own; or texts, for which no reply is asked.
+        data: what `load_data` takes; samples of your own; or texts or strings, for which no reply
+            is asked.
         split: which part of a named data set.
         limit: at most this many samples; of texts, sequences of their `context` tokens.
         seed: the world of generated samples.
@@ -126,8 +129,9 @@ def compare(
         raise WorkbenchError(
             "Comparing a model with itself says nothing: give teacher and student."
         )
-    if isinstance(data, str):
+    if isinstance(data, str | Path):
         data = load_data(data, split=split, limit=limit, seed=seed)
+    data = checked_data(data)
     names, evaluations, pairs = (teacher.name, student.name), (None, None), []
     if not isinstance(data, Texts):
         options = {"limit": limit, "batch_size": batch_size}

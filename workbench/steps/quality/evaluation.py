@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from workbench.data import Dataset, Sample, Texts, load_data
 from workbench.errors import WorkbenchError
@@ -76,7 +77,7 @@ class Evaluation:
 
 def evaluate(
     vlm: VLM,
-    data: str | Dataset | Sequence[Sample] = "pocket",
+    data: str | Path | Dataset | Sequence[Sample] = "pocket",
     *,
     split: str = "test",
     limit: int | None = None,
@@ -89,7 +90,7 @@ def evaluate(
 
     Args:
         vlm: teacher or hybrid.
-        data: "pocket", "easy-vqa", or samples of your own.
+        data: what `load_data` takes ("pocket", "easy-vqa", a file), or samples of your own.
         split: which part of a named data set.
         limit: at most this many samples.
         seed: the world of generated samples.
@@ -103,7 +104,7 @@ def evaluate(
     Raises:
         WorkbenchError: an unknown data set, or one without samples.
     """
-    if isinstance(data, str):
+    if isinstance(data, str | Path):
         data = load_data(data, split=split, limit=limit, seed=seed)
     if isinstance(data, Texts):
         raise WorkbenchError(f"{data.name} is plain text, which asks nothing: use wb.perplexity.")

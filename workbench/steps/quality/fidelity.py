@@ -19,7 +19,7 @@ from workbench.models.families import decoder_layers, text_config
 from workbench.models.hybrid import mixers
 from workbench.models.prompts import position_limit
 from workbench.models.teacher import VLM
-from workbench.steps.training.batches import Batch, collate, ready_batch
+from workbench.steps.training.batches import Batch, checked_data, collate, ready_batch
 from workbench.steps.training.losses import LOGITS_AT_ONCE, divergence, head_logits
 from workbench.steps.training.objective import NO_INPUTS, places
 
@@ -231,13 +231,17 @@ def finite_batches(
 
     Args:
         vlm: whose processor reads the samples.
-        data: samples; texts; ready batches, or anything with `batch(number)`.
+        data: samples; texts or strings; ready batches, or anything with `batch(number)`.
         limit: at most this many sequences; ready batches are not split.
         batch_size: sequences of a batch; ready batches keep their own.
 
     Raises:
-        WorkbenchError: no data, or data without end and no limit.
+        WorkbenchError: no data, only the name of some, or data without end and no limit; or
+            batch_size is below 1.
     """
+    data = checked_data(data)
+    if batch_size < 1:
+        raise WorkbenchError(f"batch_size must be at least 1, not {batch_size}.")
     if limit is not None and limit < 1:
         raise WorkbenchError(f"limit={limit} leaves no sequence: ask for at least 1, or None.")
     if isinstance(data, Sequence) and len(data) == 0:
@@ -260,6 +264,8 @@ def finite_batches(
                 return
             yield ready_batch(vlm, batch)
             n_rows += len(batch["input_ids"])
+        if n_rows == 0:
+            raise WorkbenchError("There is no batch to read: the data gives none.")
 
 
 def _joined(rows: list[Batch]) -> Batch:

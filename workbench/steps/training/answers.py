@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from workbench.data import Dataset, Sample
+from workbench.data import Dataset, Sample, Texts
 from workbench.errors import WorkbenchError
 from workbench.models.generation import answer_batch
 from workbench.models.teacher import VLM
+from workbench.steps.training.batches import checked_data
 
 AT_ONCE = 16  # batches whose pictures are in memory together
 
@@ -36,8 +37,13 @@ def answers_of(
         on_progress: called with (answered, all).
 
     Raises:
-        WorkbenchError: there is no sample, or no reply.
+        WorkbenchError: there is no sample, only the name of some, or no reply; or batch_size is
+            below 1.
     """
+    if isinstance(checked_data(data), Texts):
+        raise WorkbenchError("Plain text asks nothing: give samples.")
+    if batch_size < 1:
+        raise WorkbenchError(f"batch_size must be at least 1, not {batch_size}.")
     n = len(data) if limit is None else min(limit, len(data))
     if n < 1:
         raise WorkbenchError("There is no sample to ask: the data set is empty.")
@@ -49,7 +55,8 @@ def answers_of(
         )
         if on_progress is not None:
             on_progress(len(replies), n)
-    answered = [i for i, reply in enumerate(replies) if reply]
+    substituted = getattr(data, "broken", ())  # another sample stood in, and is asked itself
+    answered = [i for i, reply in enumerate(replies) if reply and i not in substituted]
     if not answered:
         raise WorkbenchError(f"{teacher.name} gave no reply to any of {n} samples.")
 

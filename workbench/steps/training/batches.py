@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
+from pathlib import Path
 from random import Random
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from workbench.data import Sample, Texts
+from workbench.data import Document, Sample, Texts
 from workbench.data.conversations import IGNORE
 from workbench.errors import WorkbenchError
-from workbench.models.prompts import position_limit, what_it_reads
+from workbench.models.prompts import position_limit, processed, reads_a_suffix, what_it_reads
 from workbench.models.teacher import VLM
 from workbench.steps.training.writing import write_conversation
 
@@ -39,8 +38,8 @@ def as_batches(
 
     Args:
         vlm: whose processor reads the samples.
-        data: samples; texts; ready batches; or anything with `batch(number)`, which gives a ready
-            one.
+        data: samples; texts or strings; ready batches; or anything with `batch(number)`, which
+            gives a ready one.
         batch_size: samples of a batch; the last of a round may have fewer.
         seed: of the order.
         max_length: tokens after which samples are cut; None is the model's own limit.
@@ -48,10 +47,11 @@ def as_batches(
         stride: from one batch to the next.
 
     Raises:
-        WorkbenchError: samples that are none, or an iterator over samples.
+        WorkbenchError: samples that are none, an iterator over samples, the name of data, or a
+            max_length below 1.
     """
+    data, limit = checked_data(data), _length_limit(vlm, max_length)
     if isinstance(data, Texts):
-        limit = position_limit(vlm) if max_length is None else max_length
         data = data.batches(vlm.tokenizer, batch_size=batch_size, seed=seed, most=limit)
     if hasattr(data, "batch"):
         yield from (ready_batch(vlm, data.batch(n)) for n in count(first, stride))
@@ -65,6 +65,29 @@ def as_batches(
     chosen = islice(_shuffled(len(data), batch_size, seed), first, None, stride)
     for indices in chosen:
         yield collate(vlm, [data[i] for i in indices], max_length)
+
+
+def checked_data(data: Iterable) -> Iterable:
+    """Data as it is, or texts where it is a list of plain strings.
+
+    Raises:
+        WorkbenchError: it is only the name of data.
+    """
+    if isinstance(data, str | Path):
+        name = str(data)
+        raise WorkbenchError(
+            f"{name!r} only names data: load it first, with wb.load_data({name!r})."
+        )
+    if isinstance(data, Sequence) and len(data) and isinstance(data[0], str | Document):
+        return data if isinstance(data, Texts) else Texts("your texts", data)
+    return data
+
+
+def _length_limit(vlm: VLM, max_length: int | None) -> int:
+    limit = position_limit(vlm)
+    if max_length is not None and max_length < 1:
+        raise WorkbenchError(f"max_length must be at least 1, not {max_length}.")
+    return limit if max_length is None else min(max_length, limit)
 
 
 def _shuffled(n: int, batch_size: int, seed: int) -> Iterator[list[int]]:
@@ -92,21 +115,19 @@ def collate(
         samples were cut.
 
     Raises:
-        WorkbenchError: pictures that alone are too long.
+        WorkbenchError: pictures that alone are too long, or none where the model needs some; a
+            max_length below 1.
     """
-    tokenizer = vlm.tokenizer
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer, limit = vlm.tokenizer, _length_limit(vlm, max_length)
     texts, answers = zip(*(write_conversation(vlm, s) for s in samples), strict=True)
     # As in `prepare_inputs`: a template that wrote the first token leaves none to be added.
     bos = tokenizer.bos_token
     plain = {"add_special_tokens": not (bos and texts[0].startswith(bos))}
     images = [list(s.images) for s in samples]
-    padded = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
     given = {"text": list(texts)}
-    if _reads_a_suffix(vlm):
+    if reads_a_suffix(vlm):
         given, texts, answers = _with_suffix(texts, answers, tokenizer.eos_token)
-    batch = vlm.processor(**given, **_pictures(images), **padded, **plain)
+    batch = processed(vlm, images, **given, **plain, padding_side="right")
     if "suffix" in given:
         plain = {"add_special_tokens": False}
     labels = torch.full_like(batch["input_ids"], IGNORE)
@@ -122,15 +143,7 @@ def collate(
             labels[row, place] = batch["input_ids"][row, place]
     labels[batch["attention_mask"] == 0] = IGNORE
     made = what_it_reads(vlm, batch) | {"labels": labels}
-    return _cut(vlm, made, min(max_length or position_limit(vlm), position_limit(vlm)))
-
-
-def _reads_a_suffix(vlm: VLM) -> bool:
-    """Whether the processor wants what follows the question apart, as PaliGemma's does.
-
-    All of its question sees itself: an answer that stood in the text would be seen beforehand.
-    """
-    return "suffix" in inspect.signature(type(vlm.processor).__call__).parameters
+    return _cut(vlm, made, limit)
 
 
 def _with_suffix(
@@ -168,10 +181,6 @@ def _cut(vlm: VLM, batch: dict[str, Tensor], limit: int) -> dict[str, Tensor | i
         )
     cut = {k: v[:, :limit] if v.shape == shape else v for k, v in batch.items()}
     return cut | {"n_cut": n_cut} if n_cut else cut
-
-
-def _pictures(images: list[list[Image.Image]]) -> dict:
-    return {"images": images} if any(images) else {}
 
 
 def ready_batch(vlm: VLM, batch: Batch) -> Batch:

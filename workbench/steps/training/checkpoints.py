@@ -149,7 +149,7 @@ class Checkpoints:
         except (OSError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
             raise WorkbenchError(f"The checkpoint {path} cannot be read: {error}.") from error
         for name, value in self.run.items():
-            if run.get(name) != value:
+            if run.get(name, value) != value:  # a run of an older workbench may not say
                 raise WorkbenchError(
                     f"The checkpoint {path} belongs to another run: its {name} is "
                     f"{_short(run.get(name))}, not {_short(value)}. Name another folder, or ask "

@@ -52,9 +52,9 @@ def distill(
     Args:
         student: a hybrid from `convert`.
         teacher: the model that it came from, on the same device.
-        data: samples, or ready batches: dicts with `input_ids`, `labels`, and, where there are,
-            `pixel_values`, `attention_mask`, and `real`, (batch, seqlen), for right padding that
-            needs no mask but is not to be counted.
+        data: samples, texts, strings, or ready batches: dicts with `input_ids`, `labels`, and,
+            where there are, `pixel_values`, `attention_mask`, and `real`, (batch, seqlen), for
+            right padding that needs no mask but is not to be counted.
         recipe: "workbench" (every layer on its own, then the whole), "matvlm" (the paper's), or a
             list of `Stage`.
         steps: optimiser steps of all stages together; None is 100 for a named recipe, and what the
@@ -84,14 +84,16 @@ def distill(
         A `Run`; `print(run)` says how far the losses fell, stage by stage.
 
     Raises:
-        WorkbenchError: a student without Mamba layers, data that is none or ends too early, a
-            number out of range, a loss that is not a number or runs away (says at which step), a
-            folder that holds another run, or a full disk.
+        WorkbenchError: a student without Mamba layers or that is its own teacher, data that is none
+            or ends too early, a number out of range, a loss that is not a number or runs away (says
+            at which step), a folder that holds another run, or a full disk.
     """
     if student.plan is None or not student.plan.mamba_layers:
         raise WorkbenchError(
             f"{student.name} has no Mamba-2 layer to train: convert a teacher first."
         )
+    if student.model is teacher.model:
+        raise WorkbenchError(f"{student.name} cannot learn from itself: give its teacher.")
     stages = plan_stages(recipe, steps, lr)
     every = max(1, sum(s.steps for s in stages) // 10) if save_every is None else save_every
     options = Options(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from workbench.data import Sample
 from workbench.errors import WorkbenchError
 from workbench.models.families import text_config
+from workbench.models.fingerprint import fingerprint
 from workbench.models.teacher import VLM
 from workbench.steps.training.batches import Batch, as_batches
 from workbench.steps.training.checkpoints import Checkpoints, restore_training, training_tensors
@@ -91,6 +93,7 @@ class Loop:
             self.vlm, teacher, undo, compiled=compiled, graphed=graphed, bf16=bf16,
             sharded=self.processes.shards,
         )  # fmt: skip
+        self.teacher = fingerprint(teacher.model)[:12]  # before it is cut into shards
         self.processes.shard(self.objective, self.vlm, student)
         self.graphed, self.bf16 = graphed, bf16
         self.trained = {
@@ -118,6 +121,8 @@ class Loop:
             "batches": [o.batch_size, o.accumulate, o.max_length, self.processes.count],
             "seed": o.seed,
             "bf16": self.bf16,
+            "teacher": self.teacher,
+            "data": _described(self.data),
             "shapes": {name: list(p.shape) for name, p in self.trained.items()},
         }
         store = Checkpoints(folder, same, writes=self.processes.rank == 0)
@@ -321,6 +326,15 @@ def _interrupts() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _described(data: Iterable) -> list:
+    """Say enough of data to tell it from other data; of a generator nothing can be said."""
+    if not isinstance(data, Sequence) or not len(data):
+        return [type(data).__name__]
+    first = data[0]
+    said = (first.question, first.answer) if isinstance(first, Sample) else ()
+    return [getattr(data, "name", ""), len(data), *said]
 
 
 def _next(batches: Iterator[Batch], step: int) -> Batch:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 
 from torch import nn
 
@@ -20,6 +21,8 @@ TOKENS = ("answers", "all")
 # Modules between picture and language model, and towers, by any part of a parameter's name.
 PROJECTORS = ("projector", "connector", "merger")
 TOWERS = ("vision", "visual")
+# What a value may be, by the annotation of its field.
+KINDS = {"str": str, "int": Integral, "float": Real}
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Stage:
             Mamba layers too), "all" (all but the vision tower), or "all+vision".
 
     Raises:
-        WorkbenchError: a choice that does not exist, or a number out of range.
+        WorkbenchError: a value of another kind, a choice that does not exist, or a number out of
+            range.
     """
 
     name: str
@@ -67,6 +71,12 @@ class Stage:
     trains: str = "mixers+projector"
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, KINDS[field.type]) or isinstance(value, bool):
+                raise WorkbenchError(
+                    f"A stage has {field.name}={value!r}: it must be of kind {field.type}."
+                )
         choices = {
             "layer_kind": LAYER_KINDS, "kl_kind": KL_KINDS, "tokens": TOKENS, "trains": TRAINS,
         }  # fmt: skip
@@ -146,12 +156,14 @@ def plan_stages(
     return stages
 
 
-def stage_from_dict(values: dict) -> Stage:
+def stage_from_dict(values: Mapping) -> Stage:
     """Read a stage from plain data.
 
     Raises:
-        WorkbenchError: a key that a stage does not have, or one that is missing.
+        WorkbenchError: no keys at all, one that a stage does not have, or one that is missing.
     """
+    if not isinstance(values, Mapping):
+        raise WorkbenchError(f"A stage is an object with keys, not {values!r}.")
     known = [field.name for field in fields(Stage)]
     unknown = sorted(set(values) - set(known))
     if unknown:
