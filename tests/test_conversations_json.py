@@ -11,6 +11,7 @@ from trainees import PLAN, samples
 from workbench.data import Sample, load_data
 from workbench.data.conversations import IGNORE
 from workbench.data.conversations_json import load_conversations
+from workbench.data.samples import first_of
 from workbench.errors import WorkbenchError
 from workbench.models.generation import answer_batch
 from workbench.models.prompts import build_prompt
@@ -122,6 +123,9 @@ def test_a_broken_picture_is_left_out_of_a_slice_and_of_scores(tmp_path):
     records = evaluate(tiny.vlm(), data, max_new_tokens=2).records
     assert [record.question for record in records] == ["0?", "2?"]
     assert len(data.skipped) == 1
+    data = load_conversations(tmp_path / "some.json")
+    assert [sample.question for sample in first_of(data, 2)] == ["0?", "2?"]
+    assert [len(first_of(data, limit)) for limit in (0, 1, 9, None)] == [0, 1, 2, 2]
     answered = answers_of(tiny.vlm(), data, max_new_tokens=2)
     assert [sample.question for sample in answered] == ["0?", "2?"]
 

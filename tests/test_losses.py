@@ -1,8 +1,10 @@
 """What a stage minimises, against the formulas, and what it trains."""
 
 import copy
+import json
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -402,3 +404,8 @@ def test_a_stage_read_from_a_file_knows_its_keys():
         stage_from_dict({"name": "s"})
     with pytest.raises(WorkbenchError, match="an object with keys, not 5"):
         stage_from_dict(5)
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    stage = Stage("one", np.int64(3), kl_weight=np.float32(0.5))
+    assert json.loads(json.dumps(stage.to_dict())) == stage.to_dict()

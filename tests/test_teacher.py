@@ -7,6 +7,7 @@ from transformers.utils import logging
 
 from workbench.errors import WorkbenchError
 from workbench.models.delta import load_delta, save_delta
+from workbench.models.fingerprint import fingerprint
 from workbench.models.hybrid import build_hybrid, mixers, plan_of
 from workbench.models.plan import Plan
 from workbench.models.teacher import load, load_teacher, save
@@ -123,3 +124,12 @@ def test_what_is_no_dtype_is_said(dtype):
     for verb in (load, load_teacher):
         with pytest.raises(WorkbenchError, match=r"dtype=.* is no type of weights: choose torch\."):
             verb("pocket", dtype=dtype)
+
+
+def test_a_fingerprint_tells_weights_apart_but_not_their_precision():
+    model = tiny.llava(0)
+    halves = [tiny.llava(seed).bfloat16() for seed in (0, 1)]
+    same, other = (fingerprint(half, rounded=torch.bfloat16) for half in halves)
+    assert fingerprint(model, rounded=torch.bfloat16) == same != other
+    assert fingerprint(model) != fingerprint(halves[0])
+    assert fingerprint(model.to("meta"))  # offloaded: names and shapes

@@ -66,6 +66,16 @@ class Dataset(Sequence[Sample]):
         return f"{self.name}: {self._n:,} samples of {', '.join(self.families)}"
 
 
+def first_of(data: Sequence[Sample], limit: int | None = None) -> list[Sample]:
+    """The first `limit` samples, or all; a slice may be shorter where some cannot be read."""
+    wanted, found, at = len(data) if limit is None else limit, [], 0
+    while len(found) < wanted and at < len(data):
+        end = at + wanted - len(found)
+        found += data[at:end]
+        at = end
+    return found
+
+
 def load_data(
     name: str | Path = "pocket",
     *,

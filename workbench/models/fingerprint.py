@@ -2,17 +2,25 @@
 
 import hashlib
 
+import torch
 from torch import nn
 
 SAMPLES = 64  # numbers read of each tensor
 
 
-def fingerprint(*models: nn.Module) -> str:
-    """Hash names, shapes and some numbers of all weights: other weights give another text."""
+def fingerprint(*models: nn.Module, rounded: torch.dtype = torch.float32) -> str:
+    """Hash names, shapes and some numbers of all weights: other weights give another text.
+
+    Args:
+        models: in their order; of weights that are offloaded, only name and shape count.
+        rounded: before numbers are compared, so that bfloat16 copies can pass for the same.
+    """
     digest = hashlib.sha256()
     for model in models:
         for name, value in model.state_dict().items():
-            some = value.detach().flatten()[:: max(1, value.numel() // SAMPLES)]
             digest.update(name.encode() + str(tuple(value.shape)).encode())
-            digest.update(some.float().cpu().numpy().tobytes())
+            if value.is_meta:
+                continue
+            some = value.detach().flatten()[:: max(1, value.numel() // SAMPLES)]
+            digest.update(some.to(rounded).float().cpu().numpy().tobytes())
     return digest.hexdigest()

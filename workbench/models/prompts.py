@@ -110,10 +110,17 @@ def processed(
     if reads_a_suffix(vlm) and not all(images):
         raise WorkbenchError(f"{vlm.name} reads no question without a picture: give one with each.")
     tokenizer = vlm.tokenizer
-    if tokenizer.pad_token is None:  # masks hide padding: any token will do
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    nothing_pads = tokenizer.pad_token is None
+    if nothing_pads:  # masks hide padding: any token will do, but not for longer than this
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     pictures = {"images": images} if any(images) else {}
-    return vlm.processor(**given, **pictures, padding=True, return_tensors="pt")
+    try:
+        return vlm.processor(**given, **pictures, padding=True, return_tensors="pt")
+    finally:
+        if nothing_pads:
+            tokenizer.pad_token = None
 
 
 def reads_a_suffix(vlm: VLM) -> bool:

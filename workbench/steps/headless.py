@@ -115,7 +115,8 @@ def distill_from(
 def _check_ahead(given: Mapping[str, Any]) -> None:
     """Refuse at once what `distill` would refuse only after an alignment or a search."""
     plan_stages(given.get("recipe", "workbench"), given.get("steps"), given.get("lr"))
-    Options(**{field.name: given.get(field.name, 1) for field in fields(Options)})
+    known = {name: value for name, value in given.items() if value is not None}
+    Options(**{field.name: known.get(field.name, 1) for field in fields(Options)})
     store = Checkpoints(given["folder"], {}, writes=False)
     if not given.get("resume"):
         store.open(resume=False)

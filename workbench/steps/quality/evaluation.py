@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workbench.data import Dataset, Sample, Texts, load_data
+from workbench.data.samples import first_of
 from workbench.errors import WorkbenchError
 from workbench.models.generation import answer_batch
 from workbench.models.teacher import VLM
@@ -109,7 +110,7 @@ def evaluate(
     if isinstance(data, Texts):
         raise WorkbenchError(f"{data.name} is plain text, which asks nothing: use wb.perplexity.")
     name = getattr(data, "name", "your samples")
-    samples = data[: None if limit is None else max(0, limit)]
+    samples = first_of(data, limit)
     if len(samples) == 0:
         raise WorkbenchError("There is no sample to ask: the data set is empty.")
     ready = sorted(enumerate(samples), key=lambda pair: _cost(pair[1]))  # alike ones share a batch

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.data import Texts
+from workbench.data.samples import first_of
 from workbench.errors import WorkbenchError
 from workbench.models.cache import CACHE
 from workbench.models.families import decoder_layers, text_config
@@ -252,7 +253,9 @@ def finite_batches(
         rows = [packed.batch(number) for number in range(n)]
         yield from (_joined(rows[at : at + batch_size]) for at in range(0, n, batch_size))
     elif isinstance(data, Sequence) and not isinstance(data[0], Mapping):
-        some = sorted(data[: len(data) if limit is None else limit], key=lambda s: len(s.images))
+        some = sorted(first_of(data, limit), key=lambda s: len(s.images))
+        if not some:
+            raise WorkbenchError("There is no sample that can be read.")
         for start in range(0, len(some), batch_size):
             yield collate(vlm, some[start : start + batch_size])
     else:

@@ -66,7 +66,8 @@ class Loop:
         options: Options, undo: ExitStack, compiled: bool, graphed: bool = False,
         bf16: bool | None = None,
     ):  # fmt: skip
-        self.student, self.data, self.stages, self.options = student, data, stages, options
+        self.student, self.teacher, self.data = student, teacher, data
+        self.stages, self.options = stages, options
         self.undo, self.device = undo, student.model.device
         self.processes, self.watch = Processes(), Watch()
         self.processes.check_device(self.device)
@@ -93,7 +94,6 @@ class Loop:
             self.vlm, teacher, undo, compiled=compiled, graphed=graphed, bf16=bf16,
             sharded=self.processes.shards,
         )  # fmt: skip
-        self.teacher = fingerprint(teacher.model)[:12]  # before it is cut into shards
         self.processes.shard(self.objective, self.vlm, student)
         self.graphed, self.bf16 = graphed, bf16
         self.trained = {
@@ -121,8 +121,8 @@ class Loop:
             "batches": [o.batch_size, o.accumulate, o.max_length, self.processes.count],
             "seed": o.seed,
             "bf16": self.bf16,
-            "teacher": self.teacher,
-            "data": _described(self.data),
+            "teacher": fingerprint(self.teacher.model, rounded=torch.bfloat16)[:12],
+            "data": self.processes.first(_described(self.data)),
             "shapes": {name: list(p.shape) for name, p in self.trained.items()},
         }
         store = Checkpoints(folder, same, writes=self.processes.rank == 0)
@@ -329,11 +329,10 @@ def _interrupts() -> Iterator[threading.Event]:
 
 
 def _described(data: Iterable) -> list:
-    """Say enough of data to tell it from other data; of a generator nothing can be said."""
+    """Say enough of data to tell it from other data; of an iterator nothing can be said."""
     if not isinstance(data, Sequence) or not len(data):
-        return [type(data).__name__]
-    first = data[0]
-    said = (first.question, first.answer) if isinstance(first, Sample) else ()
+        return []
+    said = [data[0].question] if isinstance(data[0], Sample) else []
     return [getattr(data, "name", ""), len(data), *said]
 
 

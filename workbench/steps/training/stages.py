@@ -21,8 +21,8 @@ TOKENS = ("answers", "all")
 # Modules between picture and language model, and towers, by any part of a parameter's name.
 PROJECTORS = ("projector", "connector", "merger")
 TOWERS = ("vision", "visual")
-# What a value may be, by the annotation of its field.
-KINDS = {"str": str, "int": Integral, "float": Real}
+# What a value may be, and what it becomes, by the annotation of its field.
+KINDS = {"str": (str, str), "int": (Integral, int), "float": (Real, float)}
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,13 @@ class Stage:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, KINDS[field.type]) or isinstance(value, bool):
+            kind, plain = KINDS[field.type]
+            if not isinstance(value, kind) or isinstance(value, bool):
                 raise WorkbenchError(
                     f"A stage has {field.name}={value!r}: it must be of kind {field.type}."
                 )
+            if not isinstance(value, int | float | str):  # numpy's numbers are no JSON
+                object.__setattr__(self, field.name, plain(value))
         choices = {
             "layer_kind": LAYER_KINDS, "kl_kind": KL_KINDS, "tokens": TOKENS, "trains": TRAINS,
         }  # fmt: skip
