@@ -104,6 +104,9 @@ def processed(
         images: for each text, its pictures.
         given: what else the processor takes, `text` first of all.
 
+    Returns:
+        input_ids and attention_mask, each (batch, seqlen), and what the pictures became.
+
     Raises:
         WorkbenchError: a text has no picture, and the processor insists on one.
     """

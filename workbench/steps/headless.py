@@ -116,6 +116,7 @@ def _check_ahead(given: Mapping[str, Any]) -> None:
     """Refuse at once what `distill` would refuse only after an alignment or a search."""
     plan_stages(given.get("recipe", "workbench"), given.get("steps"), given.get("lr"))
     known = {name: value for name, value in given.items() if value is not None}
+    # Made to be refused, if at all; 1 stands for what is not given.
     Options(**{field.name: known.get(field.name, 1) for field in fields(Options)})
     store = Checkpoints(given["folder"], {}, writes=False)
     if not given.get("resume"):

@@ -174,7 +174,7 @@ def _explained(folder: Path, needed: int, request: Request) -> Iterator[None]:
             raise WorkbenchError(_remote_code(folder)) from error
         if library := re.search(r"requires the (\S+) library", reason):
             raise WorkbenchError(_package(folder, library[1])) from error
-        reason = shorten(reason, 300, placeholder=" ...")
+        reason = shorten(reason, 300, placeholder=" ...")  # some errors fill pages
         raise WorkbenchError(f"The model in {folder} cannot be loaded: {reason}") from error
 
 

@@ -47,18 +47,21 @@ def answers_of(
     n = len(data) if limit is None else min(limit, len(data))
     if n < 1:
         raise WorkbenchError("There is no sample to ask: the data set is empty.")
-    replies: list[str] = []
-    for start in range(0, n, AT_ONCE * batch_size):
-        some = [data[i] for i in range(start, min(n, start + AT_ONCE * batch_size))]
-        replies += answer_batch(
-            teacher, some, max_new_tokens=max_new_tokens, batch_size=batch_size
-        )
+    at, replies = 0, {}
+    while len(replies) < n and at < len(data):
+        end = min(len(data), at + min(n - len(replies), AT_ONCE * batch_size))
+        read = {i: data[i] for i in range(at, end)}
+        # Where a picture is broken another sample stands in, which has a place of its own.
+        some = {i: s for i, s in read.items() if i not in getattr(data, "broken", ())}
+        options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        said = answer_batch(teacher, list(some.values()), **options)
+        replies |= zip(some, said, strict=True)
+        at = end
         if on_progress is not None:
             on_progress(len(replies), n)
-    substituted = getattr(data, "broken", ())  # another sample stood in, and is asked itself
-    answered = [i for i, reply in enumerate(replies) if reply and i not in substituted]
+    answered = [i for i, reply in replies.items() if reply]
     if not answered:
-        raise WorkbenchError(f"{teacher.name} gave no reply to any of {n} samples.")
+        raise WorkbenchError(f"{teacher.name} gave no reply to any of {len(replies)} samples.")
 
     def make(index: int) -> Sample:
         place = answered[index]
